@@ -1,0 +1,142 @@
+"""LoRA's linear layer in plain PyTorch: the mathematics and the dropout bits, on any device.
+
+    x [M, K]   weight [N, K]   lora_A [R, K]   lora_B [N, R]   bias [N]   y [M, N]   keep [M, K]   q = 1 - p
+
+    xa  = scaling * (keep * x / q) @ lora_A.T          [M, R]
+    y   = x @ weight.T + xa @ lora_B.T + bias          [M, N]
+    dyb = scaling * dy @ lora_B                        [M, R]
+    dx  = dy @ weight + keep * (dyb @ lora_A) / q      [M, K]
+    da  = dyb.T @ (keep * x / q)                       [R, K]
+    db  = dy.T @ xa                                    [N, R]
+
+The panels `xa` and `dyb` carry `scaling` already. Factors that are powers of neither operand (scaling, 1/q) enter as
+the `alpha` of a GEMM, so that they act on its accumulator and cost no rounding of their own. `lora_A` and `lora_B`
+may be float32 beside a half-precision `x`: products then see them rounded to `x.dtype`, gradients stay float32.
+
+The LoRA update is that of Hu et al. 2021 (arXiv:2106.09685); the random bits are Philox-4x32 of Salmon et al. 2011
+(doi:10.1145/2063384.2063405) with 7 rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ROUNDS = 7
+_SCRATCH_BLOCKS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements of x are kept: a pure function of the seed's value and of an element's global row and column.
+
+    seed: int64, one element, on x's device. threshold: 1 to 65535, in units of 1/65536 of probability to drop.
+    row_offset, column_offset: global index of x[0, 0], for shards that draw their part of a larger mask.
+    """
+
+    seed: Tensor
+    threshold: int
+    row_offset: int = 0
+    column_offset: int = 0
+
+    @property
+    def keep_probability(self) -> float:
+        return 1 - self.threshold / 65536
+
+    def mask(self, rows: int, columns: int) -> Tensor:
+        """keep, bool [rows, columns]: True where the element survives."""
+        first_block = self.column_offset // 8
+        blocks = torch.arange(first_block, (self.column_offset + columns + 7) // 8, device=self.seed.device)
+        keep = torch.empty((rows, columns), dtype=torch.bool, device=self.seed.device)
+        skip = self.column_offset - 8 * first_block
+        step = max(1, _SCRATCH_BLOCKS // max(1, blocks.numel()))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            row = torch.arange(self.row_offset + start, self.row_offset + stop, device=self.seed.device)
+            lanes = _lanes(self.seed, row[:, None], blocks[None, :])
+            keep[start:stop] = lanes.flatten(1)[:, skip : skip + columns] >= self.threshold
+        return keep
+
+
+def dropout_threshold(p: float) -> int:
+    """The number of 65536ths that dropout probability p in [0, 1) stands for; 0 keeps everything."""
+    return min(round(p * 65536), 65535)
+
+
+def _lanes(seed: Tensor, row: Tensor, block: Tensor) -> Tensor:
+    """Eight uint16 numbers (as int64) for each row and block of eight columns: [rows, blocks, 8]."""
+    words = philox(seed, (block, row & _WORD, (row >> 32) & _WORD, torch.zeros_like(block)))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(torch.broadcast_tensors(*halves), dim=-1)
+
+
+def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-7 of four uint32 counter words under a 64-bit key; words are held in int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(_ROUNDS):
+        # The products pass 2**63 and wrap; both halves of their low 64 bits are right all the same.
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            (high >> 32 & _WORD) ^ c1 ^ k0,
+            high & _WORD,
+            (low >> 32 & _WORD) ^ c3 ^ k1,
+            low & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor * left @ right, rounded once."""
+    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
+
+
+def _masked(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:
+    """keep * x, and the 1/q that is still owed."""
+    if dropout is None:
+        return x, 1.0
+    return torch.where(dropout.mask(*x.shape), x, 0.0), 1 / dropout.keep_probability
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and its panel xa [M, R], both in x.dtype. Differentiable by plain autograd, as the tests' oracle is."""
+    kept, inverse_q = _masked(x, dropout)
+    xa = _product(kept, lora_A.to(x.dtype).T, scaling * inverse_q)
+    base = torch.nn.functional.linear(x, weight, bias)
+    return torch.addmm(base, xa, lora_B.to(x.dtype).T), xa
+
+
+def grad_panels(
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, *, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """dyb [M, R] in dy.dtype where lora_B is given, db [N, R] in `dtype` where xa is."""
+    dyb = None if lora_B is None else _product(dy, lora_B.to(dy.dtype), scaling)
+    db = None if xa is None else dy.T.to(dtype) @ xa.to(dtype)
+    return dyb, db
+
+
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, dropout: Dropout | None) -> Tensor:
+    """dx [M, K] in dy.dtype."""
+    if dropout is None:
+        return torch.addmm(dy @ weight, dyb, lora_A.to(dy.dtype))
+    update = _product(dyb, lora_A.to(dy.dtype), 1 / dropout.keep_probability)
+    return dy @ weight + torch.where(dropout.mask(*update.shape), update, 0.0)
+
+
+def grad_lora_A(dyb: Tensor, x: Tensor, *, dropout: Dropout | None, dtype: torch.dtype) -> Tensor:
+    """da [R, K] in `dtype`."""
+    kept, inverse_q = _masked(x, dropout)
+    return _product(dyb.T.to(dtype), kept.to(dtype), inverse_q)

@@ -1,0 +1,72 @@
+"""Which parameters of a model are the adapter's: to train only them, and to save only them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .base import LoRALayer
+
+Bias = Literal["none", "all", "lora_only"]
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
+    """Freezes every parameter of model but the adapters', and but the biases that `bias` names.
+
+    An adapter's parameter is one with a path component that begins with "lora_", as in loralib.
+    bias: "none"; "all", every parameter called bias; "lora_only", the biases of LoRA layers.
+    Raises NotImplementedError, as loralib does, for any other value of bias.
+    """
+    _check_bias(bias)
+    found = False
+    for name, parameter in model.named_parameters():
+        if _is_lora(name):
+            found = True
+        elif bias == "all" and _is_bias(name):
+            parameter.requires_grad = True
+        else:
+            parameter.requires_grad = False
+    if bias == "lora_only":
+        for module in model.modules():
+            if isinstance(module, LoRALayer) and isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.requires_grad = True  # type: ignore[attr-defined]
+    if not found:
+        warnings.warn("mark_only_lora_as_trainable found no LoRA parameter; the model is now frozen.", stacklevel=2)
+
+
+def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
+    """The entries of model.state_dict() that belong to adapters, and the biases that `bias` names.
+
+    Load it with `model.load_state_dict(adapter, strict=False)`. The scaling is not part of it, as in loralib.
+    bias: "none"; "all", every entry called bias; "lora_only", the biases beside an adapter's entries.
+    Raises NotImplementedError, as loralib does, for any other value of bias.
+    """
+    _check_bias(bias)
+    state = model.state_dict()
+    beside = {_bias_beside(name) for name in state if _is_lora(name)} if bias == "lora_only" else set()
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if _is_lora(name) or (bias == "all" and _is_bias(name)) or name in beside
+    }
+
+
+def _check_bias(bias: str) -> None:
+    if bias not in ("none", "all", "lora_only"):
+        raise NotImplementedError(f"bias is {bias!r}; expected 'none', 'all' or 'lora_only'.")
+
+
+def _is_lora(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
+def _bias_beside(lora_name: str) -> str:
+    parts = lora_name.split(".")
+    owner = parts[: next(i for i, part in enumerate(parts) if part.startswith("lora_"))]
+    return ".".join([*owner, "bias"])
