@@ -56,7 +56,7 @@ def lora_linear(
         # As nn.Dropout(1): the term is zero and so are its gradients, instead of missing ones.
         scaling, dropout_p = 0.0, 0.0
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y = torch.ops.fused_lora.lora_linear(
+    y: Tensor = torch.ops.fused_lora.lora_linear(
         rows,
         weight,
         bias,
@@ -69,7 +69,7 @@ def lora_linear(
         column_offset,
         requested_backend(),
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Kernels run in Triton's interpreter where there is no GPU; it reads this when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+import fused_lora
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["reference"])
+def backend(request: pytest.FixtureRequest):
+    """Runs the test once on each path, and checks that this path and no other was taken."""
+    with fused_lora.use_backend(request.param), fused_lora.count_paths() as paths:
+        yield request.param
+    others = [key for key in paths if not key.endswith("/" + request.param)]
+    assert not others, f"asked for {request.param}, but {others} ran"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_allocations():
+    """torch.empty and its kin return NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,119 @@
+"""The house: which room may import which, and that importing the package costs and touches nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each room stands only on what is listed beside it.
+ARROWS = {
+    "__init__": {"functional", "base", "dispatch", "linear", "state"},
+    "__main__": {"cli"},
+    "cli": {"demo"},
+    "demo": {"__init__", "demo_model", "demo_report"},
+    "demo_model": {"__init__"},
+    "demo_report": set(),
+    "linear": {"base", "functional"},
+    "state": {"base"},
+    "base": set(),
+    "functional": {"ops", "dispatch"},
+    "ops": {"dispatch", "kernels", "reference"},
+    "dispatch": set(),
+    "reference": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports of this package, by room; absolute names of the package count too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{path.name} climbs out of its package"
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for name in names:
+            if name.split(".")[0] in ("fused_lora", "kernels"):
+                found.add(name.partition(".")[2].split(".")[0] or "__init__")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fused_lora").glob("*.py")), ids=lambda p: p.stem)
+def test_every_arrow_points_down(path: Path) -> None:
+    assert imports(path) <= ARROWS[path.stem], f"{path.stem} may import {sorted(ARROWS[path.stem])}"
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    remaining = {room: set(below) - {"kernels"} for room, below in ARROWS.items()}
+    while remaining:
+        leaves = {room for room, below in remaining.items() if not below}
+        assert leaves, f"a cycle among {sorted(remaining)}"
+        remaining = {room: below - leaves for room, below in remaining.items() if room not in leaves}
+
+
+def test_kernels_never_name_the_package() -> None:
+    rooms = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert imports(path) <= rooms, path.name
+
+
+def test_kernels_is_no_regular_package_and_is_linked() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "fused_lora" / "kernels").resolve() == (ROOT / "kernels").resolve()
+
+
+def test_every_package_is_listed_for_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "fused_lora").rglob("*.py")}
+    assert found | {"fused_lora.kernels"} == set(listed)
+
+
+def run(code: str, *flags: str) -> str:
+    result = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_needs_no_triton_no_gpu_and_touches_no_rng() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+before = torch.get_rng_state()
+import fused_lora
+assert torch.equal(torch.get_rng_state(), before)
+assert not torch.cuda.is_initialized()
+heavy = {"transformers", "sklearn", "matplotlib", "rich", "numpy.testing"} & set(sys.modules)
+assert not heavy, heavy
+layer = fused_lora.Linear(8, 4, r=2, lora_dropout=0.5)
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.lora_B.grad is not None
+print("silent")
+"""
+    assert run(code) == "silent\n"
+
+
+def test_import_is_under_half_a_second_beyond_torch() -> None:
+    """The limit is the issue's; the import itself takes a tenth of it, and the best of three ignores a busy machine."""
+    code = """
+import time, torch
+start = time.perf_counter()
+import fused_lora
+print(time.perf_counter() - start)
+"""
+    assert min(float(run(code)) for _ in range(3)) < 0.5
+
+
+def test_the_version_is_the_installed_one() -> None:
+    from importlib.metadata import version
+
+    import fused_lora
+
+    assert version("fused-lora") == fused_lora.__version__
