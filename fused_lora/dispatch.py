@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 Backend = Literal["auto", "reference", "triton"]
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -89,56 +90,67 @@ def count_paths() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]
 
 
-def path_for(op: str, request: str, tensor: Tensor, adapter_dtype: torch.dtype) -> Literal["reference", "triton"]:
-    """The path that `op` takes on this tensor. Warns once per reason where a GPU falls back to the reference.
-
-    Raises RuntimeError if the request is "triton" and the kernels cannot run.
-    """
-    obstacle = _obstacle(tensor.device, tensor.dtype, adapter_dtype)
-    if obstacle is not None and request == "triton":
-        raise RuntimeError(f"The backend is forced to triton, but {obstacle}; expected a case the kernels take.")
-    if obstacle is not None and request == "auto" and tensor.is_cuda:
-        _warn_once(f"fused_lora uses the unfused reference path because {obstacle}.")
-    path: Literal["reference", "triton"] = "reference" if obstacle or request == "reference" else "triton"
+def count(op: str, path: str) -> None:
     for counter in _counters:
         counter[f"{op}/{path}"] += 1
-    return path
 
 
 @lru_cache(maxsize=256)
+def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Choice:
+    """The path for these tensors: the kernels wherever they run, the reference elsewhere.
+
+    Warns, once per reason, where a GPU falls back to the reference unasked. Raises RuntimeError if the request is
+    "triton" and the kernels cannot run. A CPU takes the kernels only on request, in Triton's interpreter.
+    """
+    if request == "reference":
+        return Choice("reference", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
+    obstacle = _obstacle(device, dtype, adapter_dtype)
+    if request == "triton" and obstacle is not None:
+        raise RuntimeError(f"The backend is forced to triton, but {obstacle}; expected a case the kernels take.")
+    if request == "auto" and obstacle is None and device.type == "cpu":
+        return Choice("reference", "x is on the CPU, where the kernels run only in Triton's interpreter and on request")
+    if obstacle is None:
+        return Choice("triton", f"the kernels take {dtype} with {adapter_dtype} adapters on {device}")
+    if device.type == "cuda":
+        warnings.warn(f"fused_lora takes the unfused reference path because {obstacle}.", stacklevel=3)
+    return Choice("reference", obstacle)
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here; None if they can."""
-    return "this version has no kernels yet"
-
-
-@lru_cache(maxsize=256)
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    if dtype not in _KERNEL_DTYPES or adapter_dtype not in (dtype, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, not {dtype} with {adapter_dtype} adapters"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"x is on {device}, not on a CUDA GPU"
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'fused-lora[triton]')"
+    if interpreted:
+        return None
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch, for which the kernels were never tested"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{device} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
+    return None
 
 
 def explain(layer: nn.Module, x: Tensor) -> Choice:
     """Says which path `layer(x)` would take now, and why, without computing anything.
 
     layer: a fused_lora layer. x: its input, any shape; only device and dtype are read.
-    Raises TypeError if layer is no LoRA layer.
+    Raises TypeError if layer is no LoRA layer, and what the call itself would raise for a forced path.
     """
-    r, merged = getattr(layer, "r", None), getattr(layer, "merged", None)
+    r, merged, lora_A = (getattr(layer, name, None) for name in ("r", "merged", "lora_A"))
     if r is None or merged is None:
         raise TypeError(f"layer is a {type(layer).__name__}; expected a fused_lora layer.")
-    if r == 0:
+    if lora_A is None:
         return Choice("linear", "r is 0, so this is a plain layer")
     if merged:
         return Choice("linear", "the adapter is merged into the weight")
-    dtype, adapter_dtype = x.dtype, layer.lora_A.dtype  # type: ignore[union-attr]
-    if autocast_dtype(x.device.type) is not None and dtype != torch.float64:
-        dtype = autocast_dtype(x.device.type)  # type: ignore[assignment]
-    request = requested_backend()
-    if request == "reference":
-        return Choice("reference", "it was asked for (use_backend or FUSED_LORA_BACKEND)")
-    obstacle = _obstacle(x.device, dtype, adapter_dtype)  # type: ignore[arg-type]
-    if obstacle is not None:
-        return Choice("reference", obstacle)
-    return Choice("triton", f"the kernels take {dtype} on {x.device}")
+    cast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    adapter_dtype = lora_A.dtype if cast is None or lora_A.dtype == torch.float32 else cast
+    return choose(requested_backend(), x.device, cast or x.dtype, adapter_dtype)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -146,7 +158,3 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-def triton_is_installed() -> bool:
-    return find_spec("triton") is not None

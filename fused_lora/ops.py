@@ -10,13 +10,14 @@ Two-dimensional from here on: x [M, K], weight [N, K], lora_A [R, K], lora_B [N,
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import autocast_dtype, path_for
+from .dispatch import autocast_dtype, choose, count
 from .reference import Dropout, dropout_threshold
 
 _lib = torch.library.Library("fused_lora", "DEF")
@@ -46,6 +47,17 @@ def _dropout(seed: Tensor | None, p: float, row_offset: int, column_offset: int)
     return Dropout(seed, threshold, row_offset, column_offset)
 
 
+def _path(op: str, backend: str, tensor: Tensor, adapter_dtype: torch.dtype) -> ModuleType:
+    """reference.py or fused.py, which have the same four functions; Triton is imported when it is first needed."""
+    path = choose(backend, tensor.device, tensor.dtype, adapter_dtype).path
+    count(op, path)
+    if path == "reference":
+        return reference
+    from . import fused
+
+    return fused
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -60,8 +72,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dropout = _dropout(seed, dropout_p, row_offset, column_offset)
-    path_for("forward", backend, x, lora_A.dtype)
-    return reference.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
+    path = _path("forward", backend, x, lora_A.dtype)
+    y_xa: tuple[Tensor, Tensor] = path.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout)
+    return y_xa
 
 
 def _inference(x: Tensor, *arguments: Any) -> Tensor:
@@ -71,8 +84,7 @@ def _inference(x: Tensor, *arguments: Any) -> Tensor:
 def _grad_panels(
     dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    path_for("grad_panels", backend, dy, dtype)
-    dyb, db = reference.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
+    dyb, db = _path("grad_panels", backend, dy, dtype).grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
     return dy.new_empty(0) if dyb is None else dyb, dy.new_empty(0, dtype=dtype) if db is None else db
 
 
@@ -88,8 +100,9 @@ def _grad_input(
     backend: str,
 ) -> Tensor:
     dropout = _dropout(seed, dropout_p, row_offset, column_offset)
-    path_for("grad_input", backend, dy, lora_A.dtype)
-    return reference.grad_input(dy, weight, dyb, lora_A, dropout=dropout)
+    path = _path("grad_input", backend, dy, lora_A.dtype)
+    dx: Tensor = path.grad_input(dy, weight, dyb, lora_A, dropout=dropout)
+    return dx
 
 
 def _grad_lora_A(
@@ -103,8 +116,9 @@ def _grad_lora_A(
     backend: str,
 ) -> Tensor:
     dropout = _dropout(seed, dropout_p, row_offset, column_offset)
-    path_for("grad_lora_A", backend, x, dtype)
-    return reference.grad_lora_A(dyb, x, dropout=dropout, dtype=dtype)
+    path = _path("grad_lora_A", backend, x, dtype)
+    da: Tensor = path.grad_lora_A(dyb, x, dropout=dropout, dtype=dtype)
+    return da
 
 
 def _fake_inference(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:

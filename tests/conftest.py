@@ -12,13 +12,18 @@ import pytest
 
 import fused_lora
 
+if not torch.cuda.is_available():
+    import interpreter
+
+    interpreter.mend()
+
 
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "triton"])
 def backend(request: pytest.FixtureRequest):
     """Runs the test once on each path, and checks that this path and no other was taken."""
     with fused_lora.use_backend(request.param), fused_lora.count_paths() as paths:

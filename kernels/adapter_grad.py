@@ -1,0 +1,134 @@
+"""An adapter's gradient, from one read of left: grad = scale * (keep * left).T @ panel, [I, R].
+
+db  left dy [M, N], panel xa,  and dyb = scaling * dy @ b [M, R] from the same read
+da  left x [M, K],  panel dyb, with the mask; stored transposed, [R, K]
+
+A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.py adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import keep_tile
+from .config import rank_block, tiles_for
+from .launch import Dropout, dropout_arguments, input_precision, stated_work
+from .panel import panel as compute_panel
+from .reduce import reduce
+
+# Beyond this rank the partial sums of dyb weigh more than a second read of dy.
+FUSED_RANK = 32
+
+
+def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    left, factor = args["left_ptr"], args["factor_ptr"]
+    flops = 2.0 * args["M"] * args["I"] * args["R"] * (1 if factor is None else 2)
+    tensors = (left, args["panel_ptr"], factor, args["grad_ptr"], args["product_ptr"])
+    return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["M", "ROWS", "threshold", "row_offset", "column_offset"])
+def _adapter_grad_kernel(
+    left_ptr, stride_lm, stride_li,  # [M, I]
+    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    grad_ptr, stride_gs, stride_gi, stride_gr,  # [splits, I, R]
+    factor_ptr, stride_fi, stride_fr,  # [I, R], or None
+    product_ptr, stride_ds, stride_dm, stride_dr,  # left @ factor, [tiles of I, M, R], or None
+    seed_ptr, threshold, row_offset, column_offset,
+    M, I, R,
+    ROWS,  # rows per split, a multiple of BLOCK_M
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first_inner = tile.to(tl.int64) * BLOCK_I
+    inner = first_inner + tl.arange(0, BLOCK_I)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_ranks = ranks[None, :] < R
+    if factor_ptr is not None:
+        factor_ptrs = factor_ptr + inner[:, None] * stride_fi + ranks[None, :] * stride_fr
+        factor = tl.load(factor_ptrs, mask=(inner[:, None] < I) & in_ranks, other=0.0).to(left_ptr.dtype.element_ty)
+    acc = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+    first = split * ROWS
+    for start in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        in_rows = rows[:, None] < M
+        left_ptrs = left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li
+        if EVEN_I:
+            left = tl.load(left_ptrs, mask=in_rows, other=0.0)
+        else:
+            left = tl.load(left_ptrs, mask=in_rows & (inner[None, :] < I), other=0.0)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        panel = tl.load(panel_ptrs, mask=in_rows & in_ranks, other=0.0)
+        if factor_ptr is not None:
+            product = tl.dot(left, factor, input_precision=PRECISION)
+            product_ptrs = product_ptr + tile.to(tl.int64) * stride_ds + rows[:, None] * stride_dm
+            tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
+        if seed_ptr is not None:
+            keep = keep_tile(
+                seed_ptr, threshold, rows + row_offset, first_inner + column_offset, BLOCK_M, BLOCK_I, ALIGNED
+            )  # fmt: skip
+            left = tl.where(keep, left, tl.zeros_like(left))
+        acc = tl.dot(left.T, panel, acc, input_precision=PRECISION)
+    grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
+    tl.store(grad_ptrs, acc, mask=(inner[:, None] < I) & in_ranks)
+
+
+def _launch(
+    left: Tensor, panel: Tensor, factor: Tensor | None, dropout: Dropout | None, *, transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R]."""
+    (M, I), R = left.shape, panel.shape[1]
+    block_r, arguments = rank_block(R), dropout_arguments(dropout)
+    tiles = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"])
+    tile = tiles.adapter_grad[block_r]
+    grid_i, grid_r = triton.cdiv(I, tile.block_i), triton.cdiv(R, block_r)
+    steps = triton.cdiv(M, tile.block_m)
+    rows = tile.block_m * triton.cdiv(steps, min(steps, max(1, tiles.programs // (grid_i * grid_r))))
+    splits = triton.cdiv(M, rows)
+    grad = left.new_empty((splits, R, I) if transposed else (splits, I, R), dtype=torch.float32)
+    strides = grad.stride() if not transposed else (grad.stride(0), grad.stride(2), grad.stride(1))
+    product = None if factor is None else left.new_empty((grid_i, M, R), dtype=torch.float32)
+    _adapter_grad_kernel[(grid_i, splits, grid_r)](
+        left, *left.stride(),
+        panel, *panel.stride(),
+        grad, *strides,
+        factor, *((0, 0) if factor is None else factor.stride()),
+        product, *((0, 0, 0) if product is None else product.stride()),
+        M=M, I=I, R=R, ROWS=rows,
+        BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+        EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        **arguments,
+    )  # fmt: skip
+    return grad, product
+
+
+def grad_panels(
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """dyb [M, R] in dy's dtype where lora_B [N, R] is given, db [N, R] in `dtype` where xa [M, R] is."""
+    if xa is None:
+        return None if lora_B is None else compute_panel(dy, lora_B, scaling), None
+    if dy.numel() == 0:
+        dyb = None if lora_B is None else dy.new_zeros((dy.shape[0], lora_B.shape[1]))
+        return dyb, xa.new_zeros((dy.shape[1], xa.shape[1]), dtype=dtype)
+    if lora_B is None or lora_B.shape[1] > FUSED_RANK:
+        dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling)
+        return dyb, reduce(_launch(dy, xa, None, None, transposed=False)[0], dtype)
+    db, products = _launch(dy, xa, lora_B, None, transposed=False)
+    assert products is not None
+    return reduce(products, dy.dtype, scaling), reduce(db, dtype)
+
+
+def grad_lora_A(dyb: Tensor, x: Tensor, dropout: Dropout | None, dtype: torch.dtype) -> Tensor:
+    """da [R, K] in `dtype`, of dyb [M, R] and x [M, K]."""
+    if x.numel() == 0:
+        return x.new_zeros((dyb.shape[1], x.shape[1]), dtype=dtype)
+    inverse_q = 1.0 if dropout is None else 1 / dropout.keep_probability
+    return reduce(_launch(x, dyb, None, dropout, transposed=True)[0], dtype, inverse_q)

@@ -1,0 +1,167 @@
+"""Tile shapes in frozen tables, read at launch.
+
+16-bit dtypes have a table for each architecture, chosen by the GPU's compute capability; a GPU that is in none of
+them gets `SAFE`, whose tiles fit every GPU since Ampere. Two tables serve every architecture: `FLOAT32`, and
+`IRREGULAR` for sizes that are no multiples of 16 and masks that do not start at a multiple of 8, whose addresses cost
+registers. `INTERPRETER` has tiles so small that tests on a CPU cross many of their edges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+
+_Tile = TypeVar("_Tile")
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """fused_linear.py: a tile of the output and the step of the contraction."""
+
+    block_m: int
+    block_j: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PanelTile:
+    """panel.py: rows of the panel that one program computes, and the step of the contraction."""
+
+    block_m: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AdapterGradTile:
+    """adapter_grad.py: columns whose gradient one program accumulates, and its step over the rows."""
+
+    block_m: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+
+
+# A rank is padded to a power of two from 16, the least that a matrix instruction contracts over, and cut into pieces
+# of at most the last. Panels and adapter gradients have a tile for each.
+RANK_BLOCKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What each kernel uses, and how many programs fill the GPU where a kernel may choose their number."""
+
+    linear: LinearTile
+    panel: MappingProxyType[int, PanelTile]
+    adapter_grad: MappingProxyType[int, AdapterGradTile]
+    programs: int
+
+
+def _by_rank(*tiles: _Tile) -> MappingProxyType[int, _Tile]:
+    return MappingProxyType(dict(zip(RANK_BLOCKS, tiles, strict=True)))
+
+
+SAFE = Tiles(
+    linear=LinearTile(block_m=128, block_j=128, block_i=32, num_warps=8, num_stages=3),
+    panel=_by_rank(
+        PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=3),
+        PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=3),
+        PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
+        PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
+    ),
+    adapter_grad=_by_rank(
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+    ),
+    programs=256,
+)
+
+AMPERE = Tiles(
+    linear=LinearTile(block_m=128, block_j=128, block_i=64, num_warps=8, num_stages=3),
+    panel=_by_rank(
+        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+        PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
+        PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
+    ),
+    adapter_grad=_by_rank(
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+    ),
+    programs=256,
+)
+
+HOPPER = Tiles(
+    linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3),
+    panel=_by_rank(
+        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+    ),
+    adapter_grad=_by_rank(
+        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
+    ),
+    programs=264,
+)
+
+BLACKWELL = HOPPER
+
+IRREGULAR = Tiles(
+    linear=LinearTile(block_m=64, block_j=64, block_i=32, num_warps=4, num_stages=2),
+    panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=4, num_stages=2)] * 4),
+    adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2)] * 4),
+    programs=256,
+)
+
+FLOAT32 = Tiles(
+    linear=LinearTile(block_m=64, block_j=64, block_i=16, num_warps=8, num_stages=2),
+    panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
+    adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
+    programs=256,
+)
+
+INTERPRETER = Tiles(
+    linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=1),
+    panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
+    adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
+    programs=6,
+)
+
+TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
+
+
+def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bool = True) -> Tiles:
+    """The table for a device, a dtype, the sizes that a kernel steps through, and a mask aligned to blocks of 8."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if dtype.itemsize == 4:
+        return FLOAT32
+    if not aligned or any(size % 16 for size in sizes):
+        return IRREGULAR
+    return _architecture(device)
+
+
+@lru_cache(maxsize=64)
+def _architecture(device: torch.device) -> Tiles:
+    major, minor = torch.cuda.get_device_capability(device)
+    return TABLES.get(10 * major + minor, SAFE)
+
+
+def rank_block(r: int) -> int:
+    """The piece of the rank that a program treats at once."""
+    return next((block for block in RANK_BLOCKS if block >= r), RANK_BLOCKS[-1])

@@ -1,0 +1,163 @@
+"""One GEMM with a low-rank term in the same kernel: out = left @ right + keep * (panel @ factor) / q + bias.
+
+forward     y  = x @ w.T + xa @ b.T + bias              left x [M, K],  right w.T [K, N], panel xa,  factor b.T [R, N]
+grad_input  dx = dy @ w  + keep * (dyb @ a) / q         left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
+
+I is the contracted dimension and J the produced one. The panel already carries the scaling. The low-rank dot comes
+after the main loop, by quarters of the tile's columns, so that the dropped update fits in registers beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import keep_tile
+from .config import rank_block, tiles_for
+from .launch import Dropout, dropout_arguments, input_precision, stated_work
+
+GROUP_M = 8
+
+
+def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    left, out = args["left_ptr"], args["out_ptr"]
+    tensors = (left, args["right_ptr"], args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], out)
+    flops = 2.0 * args["M"] * args["J"] * (args["I"] + args["R"])
+    return stated_work("fused_linear", flops, *tensors, dtype=left.dtype)
+
+
+@triton.jit
+def _finish_columns(
+    acc,
+    panel_ptr, stride_pm, stride_pr,
+    factor_ptr, stride_fr, stride_fj,
+    bias_ptr, stride_bias,
+    out_ptr, stride_om, stride_oj,
+    seed_ptr, threshold, inverse_q, row_offset, column_offset,
+    rows, first_column,
+    M, J, R,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
+    columns = first_column + tl.arange(0, BLOCK_J)
+    in_rows, in_columns = rows[:, None] < M, columns[None, :] < J
+    update = acc if seed_ptr is None else tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = start + tl.arange(0, BLOCK_R)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        panel = tl.load(panel_ptrs, mask=in_rows & (ranks[None, :] < R), other=0.0)
+        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
+        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns, other=0.0)
+        update = tl.dot(panel, factor.to(panel.dtype), update, input_precision=PRECISION)
+    if seed_ptr is None:
+        acc = update
+    else:
+        keep = keep_tile(
+            seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
+        )  # fmt: skip
+        acc += tl.where(keep, update * inverse_q, 0.0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & in_columns)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
+def _fused_linear_kernel(
+    left_ptr, stride_lm, stride_li,  # [M, I]
+    right_ptr, stride_ri, stride_rj,  # [I, J]
+    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    factor_ptr, stride_fr, stride_fj,  # [R, J]
+    bias_ptr, stride_bias,  # [J]
+    out_ptr, stride_om, stride_oj,  # [M, J]
+    seed_ptr, threshold, inverse_q, row_offset, column_offset,
+    M, J, I, R,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tiles_m, tiles_j = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J)
+    group = pid // (GROUP_M * tiles_j)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + pid % (GROUP_M * tiles_j) % group_size
+    tile_j = pid % (GROUP_M * tiles_j) // group_size
+
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_j.to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+    inner = tl.arange(0, BLOCK_I)
+    # Rows past M read the last row again, which needs no mask; their results are not stored.
+    left_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm + inner[None, :].to(tl.int64) * stride_li
+    right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
+    step = tl.full((), BLOCK_I, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        if EVEN_I:
+            left = tl.load(left_ptrs)
+        else:
+            left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
+        if EVEN_I and EVEN_J:
+            right = tl.load(right_ptrs)
+        else:
+            right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        left_ptrs += step * stride_li
+        right_ptrs += step * stride_ri
+
+    HALF: tl.constexpr = BLOCK_J // 2
+    halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        quarters = halves[half].reshape(BLOCK_M, 2, HALF // 2).permute(0, 2, 1).split()
+        for quarter in tl.static_range(2):
+            _finish_columns(
+                quarters[quarter],
+                panel_ptr, stride_pm, stride_pr,
+                factor_ptr, stride_fr, stride_fj,
+                bias_ptr, stride_bias,
+                out_ptr, stride_om, stride_oj,
+                seed_ptr, threshold, inverse_q, row_offset, column_offset,
+                rows, tile_j.to(tl.int64) * BLOCK_J + half * HALF + quarter * (HALF // 2),
+                M, J, R,
+                BLOCK_M, HALF // 2, BLOCK_R, ALIGNED, PRECISION,
+            )  # fmt: skip
+
+
+def _fused_linear(
+    left: Tensor, right: Tensor, panel: Tensor, factor: Tensor, bias: Tensor | None, dropout: Dropout | None
+) -> Tensor:
+    (M, I), J, R = left.shape, right.shape[1], panel.shape[1]
+    out = left.new_empty((M, J))
+    if out.numel() == 0:
+        return out
+    arguments = dropout_arguments(dropout)
+    tile = tiles_for(left.device, left.dtype, I, J, aligned=arguments["ALIGNED"]).linear
+    _fused_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(J, tile.block_j),)](
+        left, *left.stride(),
+        right, *right.stride(),
+        panel, *panel.stride(),
+        factor, *factor.stride(),
+        bias, 0 if bias is None else bias.stride(0),
+        out, *out.stride(),
+        inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
+        M=M, J=J, I=I, R=R,
+        BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=min(rank_block(R), 32),
+        GROUP_M=GROUP_M, EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
+        PRECISION=input_precision(left.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        **arguments,
+    )  # fmt: skip
+    return out
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, xa: Tensor, lora_B: Tensor) -> Tensor:
+    """y [M, N] of x [M, K], weight [N, K], bias [N], the panel xa [M, R] and lora_B [N, R]."""
+    return _fused_linear(x, weight.T, xa, lora_B.T, bias, None)
+
+
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, dropout: Dropout | None) -> Tensor:
+    """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K]."""
+    return _fused_linear(dy, weight, dyb, lora_A, None, dropout)

@@ -1,0 +1,81 @@
+"""A panel: panel = scale * (keep * left) @ factor, [M, R], from one read of left.
+
+xa   left x [M, K],  factor a.T [K, R], scale scaling / q, with the mask
+dyb  left dy [M, N], factor b [N, R],   scale scaling,     without
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import keep_tile
+from .config import rank_block, tiles_for
+from .launch import Dropout, dropout_arguments, input_precision, stated_work
+
+
+def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    left = args["left_ptr"]
+    flops = 2.0 * args["M"] * args["I"] * args["R"]
+    return stated_work("panel", flops, left, args["factor_ptr"], args["panel_ptr"], dtype=left.dtype)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
+def _panel_kernel(
+    left_ptr, stride_lm, stride_li,  # [M, I]
+    factor_ptr, stride_fi, stride_fr,  # [I, R]
+    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    seed_ptr, threshold, row_offset, column_offset,
+    scale,
+    M, I, R,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
+    factor_column_ptrs = factor_ptr + ranks[None, :].to(tl.int64) * stride_fr
+    first_column = tl.full((), 0, tl.int64) + column_offset
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        inner = start + tl.arange(0, BLOCK_I).to(tl.int64)
+        if EVEN_I:
+            left = tl.load(left_row_ptrs + inner[None, :] * stride_li)
+        else:
+            left = tl.load(left_row_ptrs + inner[None, :] * stride_li, mask=inner[None, :] < I, other=0.0)
+        in_factor = (inner[:, None] < I) & (ranks[None, :] < R)
+        factor = tl.load(factor_column_ptrs + inner[:, None] * stride_fi, mask=in_factor, other=0.0)
+        if seed_ptr is not None:
+            keep = keep_tile(
+                seed_ptr, threshold, rows + row_offset, first_column + start, BLOCK_M, BLOCK_I, ALIGNED
+            )  # fmt: skip
+            left = tl.where(keep, left, tl.zeros_like(left))
+        acc = tl.dot(left, factor.to(left.dtype), acc, input_precision=PRECISION)
+    panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+    in_panel = (rows[:, None] < M) & (ranks[None, :] < R)
+    tl.store(panel_ptrs, (acc * scale).to(panel_ptr.dtype.element_ty), mask=in_panel)
+
+
+def panel(left: Tensor, factor: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
+    """[M, R] in left's dtype, of left [M, I] and factor [I, R]; with dropout, 1/q is applied beside scale."""
+    (M, I), R = left.shape, factor.shape[1]
+    out = left.new_empty((M, R))
+    if M == 0:
+        return out
+    block_r, arguments = rank_block(R), dropout_arguments(dropout)
+    tile = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"]).panel[block_r]
+    _panel_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r))](
+        left, *left.stride(),
+        factor, *factor.stride(),
+        out, *out.stride(),
+        scale=scale if dropout is None else scale / dropout.keep_probability,
+        M=M, I=I, R=R,
+        BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+        EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        **arguments,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,142 @@
+"""Compiles every kernel for one architecture through the real launchers, with no GPU: python aot.py 90.
+
+Prints one JSON line per compiled kernel: what it was for, spilled bytes, shared memory, registers, matrix instructions.
+Runs as its own process, since Triton must not be in interpreter mode and the driver is replaced by a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fused_lora import fused
+from fused_lora.kernels import adapter_grad, config, fused_linear, panel
+from fused_lora.reference import Dropout
+
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
+
+
+class NoGPU:
+    """A driver that knows its target and can launch nothing."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: str
+    adapter_dtype: str
+    r: int
+    dropout: bool = False
+    column_offset: int = 0
+    shape: tuple[int, int, int] = (8192, 4096, 4096)
+    tf32: bool = False
+    fan_in_fan_out: bool = False
+
+
+CASES = [
+    Case("bfloat16", "bfloat16", 16),
+    Case("bfloat16", "float32", 16, dropout=True),
+    Case("float16", "float16", 8, dropout=True),
+    Case("bfloat16", "bfloat16", 33),
+    Case("bfloat16", "float32", 64, dropout=True, fan_in_fan_out=True),
+    Case("bfloat16", "bfloat16", 256, dropout=True),
+    Case("bfloat16", "bfloat16", 16, dropout=True, column_offset=5, shape=(37, 53, 41)),
+    Case("float32", "float32", 16, dropout=True),
+    Case("float32", "float32", 128, dropout=True),
+    Case("float32", "float32", 64, dropout=True, tf32=True),
+    Case("float32", "float32", 100, shape=(37, 53, 41)),
+]
+
+
+def as_on_a_gpu(capability: int, device: torch.device, *arguments: Any, **options: Any) -> config.Tiles:
+    """config.tiles_for, for tensors that lie on the CPU here and on a GPU in earnest."""
+    config._architecture = lambda device: config.TABLES.get(capability, config.SAFE)
+    return config.tiles_for(torch.device("cuda", 0), *arguments, **options)
+
+
+def spilled_bytes(ptx: str, capability: int) -> int:
+    knobs = triton.knobs.nvidia
+    assembler = (knobs.ptxas_blackwell if capability >= 100 else knobs.ptxas).path
+    name = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [assembler, "-v", f"--gpu-name={name}", source.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert found, log
+    return sum(map(int, found))
+
+
+def compile_case(case: Case) -> None:
+    dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
+    m, k, n = case.shape
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    x, dy = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    weight = torch.empty(k, n, dtype=dtype).T if case.fan_in_fan_out else torch.empty(n, k, dtype=dtype)
+    bias = torch.empty(n, dtype=dtype)
+    lora_A, lora_B = torch.empty(case.r, k, dtype=adapter_dtype), torch.empty(n, case.r, dtype=adapter_dtype)
+    seed = torch.zeros(1, dtype=torch.int64)
+    dropout = Dropout(seed, 6554, column_offset=case.column_offset) if case.dropout else None
+    _, xa = fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=dropout)
+    dyb, _ = fused.grad_panels(dy, lora_B, xa, scaling=2.0, dtype=adapter_dtype)
+    assert dyb is not None
+    fused.grad_input(dy, weight, dyb, lora_A, dropout=dropout)
+    fused.grad_lora_A(dyb, x, dropout=dropout, dtype=adapter_dtype)
+
+
+def main(capability: int) -> None:
+    triton.runtime.driver.set_active(NoGPU(capability))
+    for module in (fused_linear, panel, adapter_grad):
+        module.tiles_for = partial(as_on_a_gpu, capability)
+    launch, seen, current = JITFunction.run, set(), [CASES[0]]
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            sass = kernel.asm["sass"]
+            report = {
+                "kernel": self.fn.__name__,
+                "case": str(current[0]),
+                "dtype": "tf32" if current[0].tf32 else current[0].dtype,
+                "spilled_bytes": spilled_bytes(kernel.asm["ptx"], capability),
+                "shared": kernel.metadata.shared,
+                "instructions": [name for name in MATRIX_INSTRUCTIONS if re.search(rf"\b{name}\b", sass)],
+            }
+            print(json.dumps(report), flush=True)
+        return kernel
+
+    JITFunction.run = compile_only
+    for case in CASES:
+        current[0] = case
+        compile_case(case)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
