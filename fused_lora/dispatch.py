@@ -7,7 +7,6 @@ that backward takes the path forward took, on whichever thread it runs.
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -35,12 +34,9 @@ class Choice:
         return f"{self.path}: {self.reason}"
 
 
-class _Forced(threading.local):
-    # Dynamo guards on a thread-local's attribute and not on a ContextVar, so a compiled function follows it.
-    backend: Backend | None = None
-
-
-_forced = _Forced()
+# For the whole process, as torch's own backend flags are: activation checkpointing runs forward again on autograd's
+# threads. Dynamo guards on a module's globals, so that compiled functions follow it.
+_forced: Backend | None = None
 _counters: list[Counter[str]] = []
 
 
@@ -49,8 +45,8 @@ def requested_backend() -> Backend:
 
     Raises ValueError if the environment variable names no backend.
     """
-    if _forced.backend is not None:
-        return _forced.backend
+    if _forced is not None:
+        return _forced
     return _checked(os.environ.get("FUSED_LORA_BACKEND", "auto"), "FUSED_LORA_BACKEND")
 
 
@@ -63,17 +59,17 @@ def _checked(name: str, source: str) -> Backend:
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Within the block, and in backwards of what it computes, this thread's layers take the given path.
+    """Within the block, and in the backward of what it computes, every layer of the process takes the given path.
 
     backend: "reference" (plain PyTorch), "triton" (the kernels; raises where they cannot run) or "auto".
     Raises ValueError for any other name.
     """
-    checked = _checked(backend, "backend")
-    previous, _forced.backend = _forced.backend, checked
+    global _forced
+    previous, _forced = _forced, _checked(backend, "backend")
     try:
         yield
     finally:
-        _forced.backend = previous
+        _forced = previous
 
 
 @contextmanager
@@ -155,6 +151,6 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast would compute in on this kind of device; None where it is off or unknown."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

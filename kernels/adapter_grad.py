@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._accumulate import accumulate
 from ._dropout import keep_tile
 from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
@@ -74,7 +75,7 @@ def _adapter_grad_kernel(
                 seed_ptr, threshold, rows + row_offset, first_inner + column_offset, BLOCK_M, BLOCK_I, ALIGNED
             )  # fmt: skip
             left = tl.where(keep, left, tl.zeros_like(left))
-        acc = tl.dot(left.T, panel, acc, input_precision=PRECISION)
+        acc = accumulate(left.T, panel, acc, PRECISION)
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
     tl.store(grad_ptrs, acc, mask=(inner[:, None] < I) & in_ranks)
 

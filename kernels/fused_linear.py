@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._accumulate import accumulate
 from ._dropout import keep_tile
 from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
 
 GROUP_M = 8
+RANK_STEP = 32
+PARTS = 4
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +33,27 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 @triton.jit
-def _finish_columns(
+def _low_rank(
+    acc,
+    panel_ptr, stride_pm, stride_pr,
+    factor_ptr, stride_fr, stride_fj,
+    rows, columns,
+    M, J, R,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + panel @ factor at the given rows and columns."""
+    for step in tl.static_range(RANK_STEPS):
+        ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
+        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
+        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < J), other=0.0)
+        acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _finish(
     acc,
     panel_ptr, stride_pm, stride_pr,
     factor_ptr, stride_fr, stride_fj,
@@ -39,31 +62,25 @@ def _finish_columns(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     rows, first_column,
     M, J, R,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
+    """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
-    in_rows, in_columns = rows[:, None] < M, columns[None, :] < J
-    update = acc if seed_ptr is None else tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    for start in tl.range(0, R, BLOCK_R, num_stages=1):
-        ranks = start + tl.arange(0, BLOCK_R)
-        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-        panel = tl.load(panel_ptrs, mask=in_rows & (ranks[None, :] < R), other=0.0)
-        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns, other=0.0)
-        update = tl.dot(panel, factor.to(panel.dtype), update, input_precision=PRECISION)
-    if seed_ptr is None:
-        acc = update
-    else:
+    if seed_ptr is not None:
+        update = _low_rank(
+            tl.zeros((BLOCK_M, BLOCK_J), tl.float32),
+            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+            rows, columns, M, J, R, BLOCK_R, RANK_STEPS, PRECISION,
+        )  # fmt: skip
         keep = keep_tile(
             seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
-        )  # fmt: skip
+        )
         acc += tl.where(keep, update * inverse_q, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & in_columns)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < J))
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
@@ -77,7 +94,7 @@ def _fused_linear_kernel(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     M, J, I, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr,
+    RANK_STEPS: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -104,26 +121,117 @@ def _fused_linear_kernel(
             right = tl.load(right_ptrs)
         else:
             right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = accumulate(left, right, acc, PRECISION)
         left_ptrs += step * stride_li
         right_ptrs += step * stride_ri
 
+    if seed_ptr is None:
+        acc = _low_rank(
+            acc,
+            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+            rows, columns, M, J, R, BLOCK_R, RANK_STEPS, PRECISION,
+        )  # fmt: skip
+    first_column = tile_j.to(tl.int64) * BLOCK_J
     HALF: tl.constexpr = BLOCK_J // 2
-    halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-    for half in tl.static_range(2):
-        quarters = halves[half].reshape(BLOCK_M, 2, HALF // 2).permute(0, 2, 1).split()
-        for quarter in tl.static_range(2):
-            _finish_columns(
-                quarters[quarter],
-                panel_ptr, stride_pm, stride_pr,
-                factor_ptr, stride_fr, stride_fj,
-                bias_ptr, stride_bias,
-                out_ptr, stride_om, stride_oj,
-                seed_ptr, threshold, inverse_q, row_offset, column_offset,
-                rows, tile_j.to(tl.int64) * BLOCK_J + half * HALF + quarter * (HALF // 2),
-                M, J, R,
-                BLOCK_M, HALF // 2, BLOCK_R, ALIGNED, PRECISION,
-            )  # fmt: skip
+    QUARTER: tl.constexpr = BLOCK_J // 4
+    if PARTS == 1:
+        _finish(
+            acc,
+            panel_ptr,
+            stride_pm,
+            stride_pr,
+            factor_ptr,
+            stride_fr,
+            stride_fj,
+            bias_ptr,
+            stride_bias,
+            out_ptr,
+            stride_om,
+            stride_oj,
+            seed_ptr,
+            threshold,
+            inverse_q,
+            row_offset,
+            column_offset,
+            rows,
+            first_column,
+            M,
+            J,
+            R,
+            BLOCK_M,
+            BLOCK_J,
+            BLOCK_R,
+            RANK_STEPS,
+            ALIGNED,
+            PRECISION,
+        )
+    else:
+        halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            if PARTS == 2:
+                _finish(
+                    halves[half],
+                    panel_ptr,
+                    stride_pm,
+                    stride_pr,
+                    factor_ptr,
+                    stride_fr,
+                    stride_fj,
+                    bias_ptr,
+                    stride_bias,
+                    out_ptr,
+                    stride_om,
+                    stride_oj,
+                    seed_ptr,
+                    threshold,
+                    inverse_q,
+                    row_offset,
+                    column_offset,
+                    rows,
+                    first_column + half * HALF,
+                    M,
+                    J,
+                    R,
+                    BLOCK_M,
+                    HALF,
+                    BLOCK_R,
+                    RANK_STEPS,
+                    ALIGNED,
+                    PRECISION,
+                )
+            else:
+                quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
+                for quarter in tl.static_range(2):
+                    _finish(
+                        quarters[quarter],
+                        panel_ptr,
+                        stride_pm,
+                        stride_pr,
+                        factor_ptr,
+                        stride_fr,
+                        stride_fj,
+                        bias_ptr,
+                        stride_bias,
+                        out_ptr,
+                        stride_om,
+                        stride_oj,
+                        seed_ptr,
+                        threshold,
+                        inverse_q,
+                        row_offset,
+                        column_offset,
+                        rows,
+                        first_column + half * HALF + quarter * QUARTER,
+                        M,
+                        J,
+                        R,
+                        BLOCK_M,
+                        QUARTER,
+                        BLOCK_R,
+                        RANK_STEPS,
+                        ALIGNED,
+                        PRECISION,
+                    )
 
 
 def _fused_linear(
@@ -133,7 +241,7 @@ def _fused_linear(
     out = left.new_empty((M, J))
     if out.numel() == 0:
         return out
-    arguments = dropout_arguments(dropout)
+    arguments, block_r = dropout_arguments(dropout), min(rank_block(R), RANK_STEP)
     tile = tiles_for(left.device, left.dtype, I, J, aligned=arguments["ALIGNED"]).linear
     _fused_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(J, tile.block_j),)](
         left, *left.stride(),
@@ -144,8 +252,8 @@ def _fused_linear(
         out, *out.stride(),
         inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
         M=M, J=J, I=I, R=R,
-        BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=min(rank_block(R), 32),
-        GROUP_M=GROUP_M, EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
+        BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+        RANK_STEPS=triton.cdiv(R, block_r), PARTS=PARTS, GROUP_M=GROUP_M, EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **arguments,

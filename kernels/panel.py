@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._accumulate import accumulate
 from ._dropout import keep_tile
 from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
@@ -53,7 +54,7 @@ def _panel_kernel(
                 seed_ptr, threshold, rows + row_offset, first_column + start, BLOCK_M, BLOCK_I, ALIGNED
             )  # fmt: skip
             left = tl.where(keep, left, tl.zeros_like(left))
-        acc = tl.dot(left, factor.to(left.dtype), acc, input_precision=PRECISION)
+        acc = accumulate(left, factor.to(left.dtype), acc, PRECISION)
     panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
     in_panel = (rows[:, None] < M) & (ranks[None, :] < R)
     tl.store(panel_ptrs, (acc * scale).to(panel_ptr.dtype.element_ty), mask=in_panel)

@@ -50,7 +50,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_use_backend_nests_restores_and_stays_in_its_thread() -> None:
+def test_use_backend_nests_restores_and_reaches_other_threads() -> None:
     from fused_lora.dispatch import requested_backend
 
     seen = []
@@ -58,10 +58,11 @@ def test_use_backend_nests_restores_and_stays_in_its_thread() -> None:
         with pytest.raises(KeyError), fused_lora.use_backend("triton"):
             raise KeyError
         assert requested_backend() == "reference"
+        # Autograd recomputes checkpointed layers on threads of its own.
         thread = threading.Thread(target=lambda: seen.append(requested_backend()))
         thread.start()
         thread.join()
-    assert seen == ["auto"] and requested_backend() == "auto"
+    assert seen == ["reference"] and requested_backend() == "auto"
 
 
 def test_backward_takes_the_path_that_forward_took() -> None:

@@ -1,0 +1,138 @@
+"""What only a GPU can show: real sizes, more than 2**31 elements, graphs, several devices. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_as_accurate_as, make_problem, unfused
+
+import fused_lora
+from fused_lora.functional import lora_linear
+from fused_lora.reference import Dropout, dropout_threshold
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels_only():
+    with fused_lora.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("shape", [(8192, 4096, 4096), (2048, 4096, 14336), (1000, 5000, 1024 + 16)], ids=str)
+def test_real_sizes(shape: tuple[int, int, int], r: int, p: float) -> None:
+    problem = make_problem(*shape, r, dtype=torch.bfloat16, adapter_dtype=torch.float32, bias=False, device="cuda")
+    wide = problem.to(torch.float64)
+    seed = torch.tensor([3], device="cuda")
+    dropout = Dropout(seed, dropout_threshold(p)) if p > 0 else None
+    keep, q = (None, 1.0) if dropout is None else (dropout.mask(*problem.x.shape), dropout.keep_probability)
+    results = []
+    for inputs, kind in ((problem, "ours"), (problem, "autocast"), (wide, "exact")):
+        inputs.x.grad = inputs.weight.grad = inputs.lora_A.grad = inputs.lora_B.grad = None
+        if kind == "ours":
+            y = lora_linear(*inputs.arguments()[:4], scaling=0.75, dropout_p=p, training=True, seed=seed)
+        else:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=kind == "autocast"):
+                y = unfused(*inputs.arguments(), 0.75, keep, q)
+        y.backward(inputs.dy)
+        results.append({"y": y.detach()} | {n: g for n, g in inputs.gradients().items() if g is not None})
+    for name, value in results[0].items():
+        assert_as_accurate_as(value, results[1][name], results[2][name], name)
+
+
+def test_more_than_2_to_the_31_elements_of_x_and_dy() -> None:
+    """Every part of the large result equals the same part computed alone, with its row offset; da adds up."""
+    rows, features, r, part = 2**31 // 4096 + 1000, 4096, 4, 50_000
+    x = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(features, features, device="cuda", dtype=torch.bfloat16) / 64
+    lora_A = (torch.randn(r, features, device="cuda") / 64).requires_grad_()
+    lora_B = torch.randn(features, r, device="cuda").requires_grad_()
+    options = {"dropout_p": 0.1, "training": True, "seed": 11}
+    y = lora_linear(x, weight, lora_A, lora_B, **options)
+    dy = torch.randn_like(y)
+    dx, da, db = torch.autograd.grad(y, (x, lora_A, lora_B), dy)
+    sum_da, sum_db = torch.zeros_like(da, dtype=torch.float64), torch.zeros_like(db, dtype=torch.float64)
+    for start in range(0, rows, part):
+        piece = x.detach()[start : start + part].requires_grad_()
+        y_piece = lora_linear(piece, weight, lora_A, lora_B, row_offset=start, **options)
+        assert torch.equal(y_piece, y[start : start + part]), f"y differs in rows {start} and after"
+        dx_piece, da_piece, db_piece = torch.autograd.grad(y_piece, (piece, lora_A, lora_B), dy[start : start + part])
+        assert torch.equal(dx_piece, dx[start : start + part]), f"dx differs in rows {start} and after"
+        sum_da += da_piece
+        sum_db += db_piece
+    # float32 sums of half a million terms, split in other places: well within a thousandth of their scale.
+    for whole, summed in ((da, sum_da), (db, sum_db)):
+        assert (whole - summed).abs().max() <= 1e-3 * summed.abs().max()
+
+
+def test_more_than_2_to_the_31_elements_of_weight() -> None:
+    out_features, features, r = 2**31 // 4096 + 512, 4096, 4
+    x = torch.randn(64, features, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(out_features, features, device="cuda", dtype=torch.bfloat16) / 64
+    lora_A = torch.randn(r, features, device="cuda", dtype=torch.bfloat16) / 64
+    lora_B = torch.randn(out_features, r, device="cuda", dtype=torch.bfloat16)
+    y = lora_linear(x, weight, lora_A, lora_B)
+    last = slice(out_features - 4096, None)
+    assert torch.equal(y[:, last], lora_linear(x, weight[last], lora_A, lora_B[last]))
+    # A gradient that is zero but for the last columns is the last rows' own.
+    dy = torch.zeros_like(y)
+    dy[:, last] = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    expected = dy[:, last].double() @ (weight[last].double() + lora_B[last].double() @ lora_A.double())
+    bfloat16_unit = torch.finfo(torch.bfloat16).eps
+    assert (dx - expected).abs().max() <= 2 * bfloat16_unit * expected.abs().max()
+
+
+def test_graph_replays_draw_fresh_masks_and_follow_the_seed() -> None:
+    layer = fused_lora.Linear(256, 128, r=8, lora_dropout=0.5, device="cuda", dtype=torch.bfloat16)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = layer(x)
+    outputs = []
+    for seed in (1, None, 1):
+        if seed is not None:
+            torch.manual_seed(seed)
+        graph.replay()
+        outputs.append(y.clone())
+    assert not torch.equal(outputs[0], outputs[1]), "two replays used one mask"
+    assert torch.equal(outputs[0], outputs[2]), "manual_seed does not reach a replay"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_x_on_a_gpu_that_is_not_the_current_one() -> None:
+    layer = fused_lora.Linear(64, 32, r=4, device="cuda:1")
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(16, 64, device="cuda:1", requires_grad=True)
+    assert torch.cuda.current_device() == 0
+    y = layer(x)
+    y.sum().backward()
+    assert y.device == x.grad.device == torch.device("cuda", 1)
+    torch.testing.assert_close(y, unfused(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling))
+
+
+def test_float32_follows_torchs_matmul_precision() -> None:
+    x, weight = torch.randn(256, 512, device="cuda"), torch.randn(256, 512, device="cuda")
+    lora_A, lora_B = torch.randn(8, 512, device="cuda"), torch.zeros(256, 8, device="cuda")
+    exact = x.double() @ weight.double().T
+    errors = {}
+    previous = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            errors[precision] = (lora_linear(x, weight, lora_A, lora_B) - exact).abs().max() / exact.abs().max()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = previous
+    # tf32 keeps 10 bits of the mantissa, float32 keeps 23.
+    assert errors["ieee"] < 2**-18 and 2**-14 < errors["tf32"] < 2**-8
