@@ -105,8 +105,8 @@ AMPERE = Tiles(
 HOPPER = Tiles(
     linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3),
     panel=_by_rank(
-        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=4),
-        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
         PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
     ),
@@ -116,7 +116,7 @@ HOPPER = Tiles(
         AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
         AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
     ),
-    programs=264,
+    programs=132,
 )
 
 BLACKWELL = HOPPER

@@ -4,7 +4,7 @@ forward     y  = x @ w.T + xa @ b.T + bias              left x [M, K],  right w.
 grad_input  dx = dy @ w  + keep * (dyb @ a) / q         left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
 
 I is the contracted dimension and J the produced one. The panel already carries the scaling. The low-rank dot comes
-after the main loop, by quarters of the tile's columns, so that the dropped update fits in registers beside it.
+after the main loop, by quarters of the tile's columns, so that the update and its mask fit in registers beside it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
 
 GROUP_M = 8
+# More would not fit in registers beside the tile.
 RANK_STEP = 32
-PARTS = 4
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -30,26 +30,6 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     tensors = (left, args["right_ptr"], args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], out)
     flops = 2.0 * args["M"] * args["J"] * (args["I"] + args["R"])
     return stated_work("fused_linear", flops, *tensors, dtype=left.dtype)
-
-
-@triton.jit
-def _low_rank(
-    acc,
-    panel_ptr, stride_pm, stride_pr,
-    factor_ptr, stride_fr, stride_fj,
-    rows, columns,
-    M, J, R,
-    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + panel @ factor at the given rows and columns."""
-    for step in tl.static_range(RANK_STEPS):
-        ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)
-        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-        panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
-        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < J), other=0.0)
-        acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
-    return acc
 
 
 @triton.jit
@@ -62,25 +42,32 @@ def _finish(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     rows, first_column,
     M, J, R,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
+    """Adds the low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
+    # The update has an accumulator and a loop of its own: a dot onto acc would be one more user of the main loop's
+    # registers, for which ptxas serialises all of its matrix instructions.
     columns = first_column + tl.arange(0, BLOCK_J)
+    in_rows, in_columns = rows[:, None] < M, columns[None, :] < J
+    update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = start + tl.arange(0, BLOCK_R)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        panel = tl.load(panel_ptrs, mask=in_rows & (ranks[None, :] < R), other=0.0)
+        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
+        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns, other=0.0)
+        update = accumulate(panel, factor.to(panel.dtype), update, PRECISION)
     if seed_ptr is not None:
-        update = _low_rank(
-            tl.zeros((BLOCK_M, BLOCK_J), tl.float32),
-            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-            rows, columns, M, J, R, BLOCK_R, RANK_STEPS, PRECISION,
-        )  # fmt: skip
         keep = keep_tile(
             seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
         )
-        acc += tl.where(keep, update * inverse_q, 0.0)
+        update = tl.where(keep, update * inverse_q, 0.0)
+    acc += update
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < J))
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & in_columns)
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
@@ -94,7 +81,7 @@ def _fused_linear_kernel(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     M, J, I, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -125,113 +112,23 @@ def _fused_linear_kernel(
         left_ptrs += step * stride_li
         right_ptrs += step * stride_ri
 
-    if seed_ptr is None:
-        acc = _low_rank(
-            acc,
-            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-            rows, columns, M, J, R, BLOCK_R, RANK_STEPS, PRECISION,
-        )  # fmt: skip
-    first_column = tile_j.to(tl.int64) * BLOCK_J
     HALF: tl.constexpr = BLOCK_J // 2
     QUARTER: tl.constexpr = BLOCK_J // 4
-    if PARTS == 1:
-        _finish(
-            acc,
-            panel_ptr,
-            stride_pm,
-            stride_pr,
-            factor_ptr,
-            stride_fr,
-            stride_fj,
-            bias_ptr,
-            stride_bias,
-            out_ptr,
-            stride_om,
-            stride_oj,
-            seed_ptr,
-            threshold,
-            inverse_q,
-            row_offset,
-            column_offset,
-            rows,
-            first_column,
-            M,
-            J,
-            R,
-            BLOCK_M,
-            BLOCK_J,
-            BLOCK_R,
-            RANK_STEPS,
-            ALIGNED,
-            PRECISION,
-        )
-    else:
-        halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            if PARTS == 2:
-                _finish(
-                    halves[half],
-                    panel_ptr,
-                    stride_pm,
-                    stride_pr,
-                    factor_ptr,
-                    stride_fr,
-                    stride_fj,
-                    bias_ptr,
-                    stride_bias,
-                    out_ptr,
-                    stride_om,
-                    stride_oj,
-                    seed_ptr,
-                    threshold,
-                    inverse_q,
-                    row_offset,
-                    column_offset,
-                    rows,
-                    first_column + half * HALF,
-                    M,
-                    J,
-                    R,
-                    BLOCK_M,
-                    HALF,
-                    BLOCK_R,
-                    RANK_STEPS,
-                    ALIGNED,
-                    PRECISION,
-                )
-            else:
-                quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
-                for quarter in tl.static_range(2):
-                    _finish(
-                        quarters[quarter],
-                        panel_ptr,
-                        stride_pm,
-                        stride_pr,
-                        factor_ptr,
-                        stride_fr,
-                        stride_fj,
-                        bias_ptr,
-                        stride_bias,
-                        out_ptr,
-                        stride_om,
-                        stride_oj,
-                        seed_ptr,
-                        threshold,
-                        inverse_q,
-                        row_offset,
-                        column_offset,
-                        rows,
-                        first_column + half * HALF + quarter * QUARTER,
-                        M,
-                        J,
-                        R,
-                        BLOCK_M,
-                        QUARTER,
-                        BLOCK_R,
-                        RANK_STEPS,
-                        ALIGNED,
-                        PRECISION,
-                    )
+    halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
+        for quarter in tl.static_range(2):
+            _finish(
+                quarters[quarter],
+                panel_ptr, stride_pm, stride_pr,
+                factor_ptr, stride_fr, stride_fj,
+                bias_ptr, stride_bias,
+                out_ptr, stride_om, stride_oj,
+                seed_ptr, threshold, inverse_q, row_offset, column_offset,
+                rows, tile_j.to(tl.int64) * BLOCK_J + half * HALF + quarter * QUARTER,
+                M, J, R,
+                BLOCK_M, QUARTER, BLOCK_R, ALIGNED, PRECISION,
+            )  # fmt: skip
 
 
 def _fused_linear(
@@ -253,7 +150,7 @@ def _fused_linear(
         inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
         M=M, J=J, I=I, R=R,
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        RANK_STEPS=triton.cdiv(R, block_r), PARTS=PARTS, GROUP_M=GROUP_M, EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
+        GROUP_M=GROUP_M, EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **arguments,
