@@ -20,13 +20,14 @@ _Tile = TypeVar("_Tile")
 
 @dataclass(frozen=True)
 class LinearTile:
-    """fused_linear.py: a tile of the output and the step of the contraction."""
+    """fused_linear.py: a tile of the output, the step of the contraction, and whether the copy engine loads them."""
 
     block_m: int
     block_j: int
     block_i: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ AMPERE = Tiles(
 )
 
 HOPPER = Tiles(
-    linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3),
+    linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3, descriptors=True),
     panel=_by_rank(
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
@@ -136,7 +137,7 @@ FLOAT32 = Tiles(
 )
 
 INTERPRETER = Tiles(
-    linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=1),
+    linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=1, descriptors=True),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
     programs=6,

@@ -14,6 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._dropout import keep_tile
@@ -26,8 +27,8 @@ RANK_STEP = 32
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    left, out = args["left_ptr"], args["out_ptr"]
-    tensors = (left, args["right_ptr"], args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], out)
+    left, right = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "right_ptr"))
+    tensors = (left, right, args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], args["out_ptr"])
     flops = 2.0 * args["M"] * args["J"] * (args["I"] + args["R"])
     return stated_work("fused_linear", flops, *tensors, dtype=left.dtype)
 
@@ -72,8 +73,8 @@ def _finish(
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
 def _fused_linear_kernel(
-    left_ptr, stride_lm, stride_li,  # [M, I]
-    right_ptr, stride_ri, stride_rj,  # [I, J]
+    left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
+    right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
     panel_ptr, stride_pm, stride_pr,  # [M, R]
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
@@ -81,8 +82,8 @@ def _fused_linear_kernel(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     M, J, I, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_I: tl.constexpr, EVEN_J: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     tiles_m, tiles_j = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J)
@@ -92,25 +93,35 @@ def _fused_linear_kernel(
     tile_j = pid % (GROUP_M * tiles_j) // group_size
 
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_j.to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    inner = tl.arange(0, BLOCK_I)
-    # Rows past M read the last row again, which needs no mask; their results are not stored.
-    left_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm + inner[None, :].to(tl.int64) * stride_li
-    right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
-    step = tl.full((), BLOCK_I, tl.int64)
+    first_column = tile_j.to(tl.int64) * BLOCK_J
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    for start in range(0, I, BLOCK_I):
-        if EVEN_I:
-            left = tl.load(left_ptrs)
-        else:
-            left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
-        if EVEN_I and EVEN_J:
-            right = tl.load(right_ptrs)
-        else:
-            right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
-        acc = accumulate(left, right, acc, PRECISION)
-        left_ptrs += step * stride_li
-        right_ptrs += step * stride_ri
+    if DESCRIPTORS:
+        for start in range(0, I, BLOCK_I):
+            left = left_ptr.load([tile_m * BLOCK_M, start])
+            if TRANSPOSED:
+                right = right_ptr.load([tile_j * BLOCK_J, start]).T
+            else:
+                right = right_ptr.load([start, tile_j * BLOCK_J])
+            acc = accumulate(left, right, acc, PRECISION)
+    else:
+        columns = first_column + tl.arange(0, BLOCK_J)
+        inner = tl.arange(0, BLOCK_I)
+        # Rows past M read the last row again, which needs no mask; their results are not stored.
+        left_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm + inner[None, :].to(tl.int64) * stride_li
+        right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
+        step = tl.full((), BLOCK_I, tl.int64)
+        for start in range(0, I, BLOCK_I):
+            if EVEN_I:
+                left = tl.load(left_ptrs)
+            else:
+                left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
+            if EVEN_I and EVEN_J:
+                right = tl.load(right_ptrs)
+            else:
+                right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
+            acc = accumulate(left, right, acc, PRECISION)
+            left_ptrs += step * stride_li
+            right_ptrs += step * stride_ri
 
     HALF: tl.constexpr = BLOCK_J // 2
     QUARTER: tl.constexpr = BLOCK_J // 4
@@ -125,10 +136,21 @@ def _fused_linear_kernel(
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
                 seed_ptr, threshold, inverse_q, row_offset, column_offset,
-                rows, tile_j.to(tl.int64) * BLOCK_J + half * HALF + quarter * QUARTER,
+                rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
                 BLOCK_M, QUARTER, BLOCK_R, ALIGNED, PRECISION,
             )  # fmt: skip
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Whether the GPU's copy engine takes it: rows of contiguous elements, all of them at multiples of 16 bytes."""
+    row = matrix.stride(0)
+    return (
+        matrix.stride(1) == 1
+        and row >= matrix.shape[1]
+        and row * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
 
 
 def _fused_linear(
@@ -140,9 +162,18 @@ def _fused_linear(
         return out
     arguments, block_r = dropout_arguments(dropout), min(rank_block(R), RANK_STEP)
     tile = tiles_for(left.device, left.dtype, I, J, aligned=arguments["ALIGNED"]).linear
+    transposed = right.stride(1) != 1
+    rows_of_right = right.T if transposed else right
+    descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
+    left_argument: Tensor | TensorDescriptor = left
+    right_argument: Tensor | TensorDescriptor = right
+    if descriptors:
+        block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
+        left_argument = TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i])
+        right_argument = TensorDescriptor.from_tensor(rows_of_right, block)
     _fused_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(J, tile.block_j),)](
-        left, *left.stride(),
-        right, *right.stride(),
+        left_argument, *left.stride(),
+        right_argument, *right.stride(),
         panel, *panel.stride(),
         factor, *factor.stride(),
         bias, 0 if bias is None else bias.stride(0),
@@ -150,7 +181,8 @@ def _fused_linear(
         inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
         M=M, J=J, I=I, R=R,
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        GROUP_M=GROUP_M, EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
+        GROUP_M=GROUP_M, DESCRIPTORS=descriptors, TRANSPOSED=transposed,
+        EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **arguments,

@@ -66,6 +66,9 @@ SHAPES = [
     # primes and one-offs around the tile sizes
     (37, 53, 41),
     (65, 129, 67),
+    # sizes whose rows start at multiples of 16 bytes, on which the kernels load by descriptor
+    (37, 48, 136),
+    (70, 96, 64),
     # single rows, columns and tokens
     (1, 16, 1),
     (1, 1, 1),
