@@ -33,7 +33,11 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["M", "ROWS", "threshold", "row_offset", "column_offset"])
+# stride_ds is a multiple of M, and M must not make new kernels.
+@triton.jit(
+    launch_metadata=_work,
+    do_not_specialize=["stride_ds", "M", "ROWS", "threshold", "row_offset", "column_offset"],
+)
 def _adapter_grad_kernel(
     left_ptr, stride_lm, stride_li,  # [M, I]
     panel_ptr, stride_pm, stride_pr,  # [M, R]

@@ -91,6 +91,7 @@ def checked_addresses() -> Iterator[Counter[str]]:
         stores: Counter[int] = Counter()
         watch = _Watch(original_module, counts, stores)
         for argument in (*args, *kwargs.values()):
+            argument = getattr(argument, "base", argument)  # of a tensor descriptor
             if isinstance(argument, torch.Tensor) and argument.numel() > 0:
                 storage = argument.untyped_storage()
                 watch.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))

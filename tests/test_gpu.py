@@ -122,6 +122,52 @@ def test_x_on_a_gpu_that_is_not_the_current_one() -> None:
     torch.testing.assert_close(y, unfused(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, layer.scaling))
 
 
+def test_new_row_counts_and_offsets_compile_nothing_new() -> None:
+    from fused_lora.kernels import adapter_grad, fused_linear, panel, reduce
+
+    kernels = [
+        fused_linear._fused_linear_kernel,
+        panel._panel_kernel,
+        adapter_grad._adapter_grad_kernel,
+        reduce._reduce_kernel,
+    ]
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    def run(rows: int, row_offset: int) -> None:
+        problem = make_problem(rows, 128, 256, 8, dtype=torch.bfloat16, device="cuda")
+        y = lora_linear(*problem.arguments()[:4], dropout_p=0.1, training=True, seed=1, row_offset=row_offset)
+        y.backward(problem.dy)
+
+    run(64, 0)
+    before = compiled()
+    for rows, row_offset in ((1, 1), (2, 16), (17, 32), (333, 7), (4096, 8)):
+        run(rows, row_offset)
+    assert compiled() == before
+
+
+def test_profilers_see_each_kernels_work() -> None:
+    import triton
+
+    seen: dict[str, dict[str, object]] = {}
+
+    def remember(metadata) -> None:
+        work = metadata.get()
+        seen[work["name"]] = work
+
+    problem = make_problem(64, 128, 256, 8, dtype=torch.bfloat16, bias=False, device="cuda")
+    triton.knobs.runtime.launch_enter_hook.add(remember)
+    try:
+        lora_linear(*problem.arguments()[:4]).backward(problem.dy)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(remember)
+    assert set(seen) == {"panel", "fused_linear", "adapter_grad", "reduce"}
+    # The last GEMM is dx: 64 x 256 by 256 x 128, and the rank on top.
+    assert seen["fused_linear"]["flops16"] == 2 * 64 * 128 * (256 + 8)
+    assert all(work["bytes"] > 0 for work in seen.values())
+
+
 def test_float32_follows_torchs_matmul_precision() -> None:
     x, weight = torch.randn(256, 512, device="cuda"), torch.randn(256, 512, device="cuda")
     lora_A, lora_B = torch.randn(8, 512, device="cuda"), torch.zeros(256, 8, device="cuda")

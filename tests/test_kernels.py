@@ -1,0 +1,190 @@
+"""The launchers one by one: every address they touch, every element they write, their masks, and what they state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from numerics import assert_as_accurate_as
+
+triton = pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+import fused_lora.reference as reference  # noqa: E402
+from fused_lora import fused  # noqa: E402
+from fused_lora.kernels import adapter_grad, config, fused_linear, panel, reduce  # noqa: E402
+from fused_lora.reference import Dropout, dropout_threshold  # noqa: E402
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
+
+# (rows, in_features, out_features, r): odd everywhere, a multiple of 16 bytes everywhere, tails of each dimension
+SHAPES = [(37, 53, 41, 5), (33, 64, 72, 16), (65, 24, 136, 33), (1, 1, 1, 1), (16, 40, 64, 130)]
+
+
+def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    m, k, n, r = shape
+    sizes = {"x": (m, k), "weight": (n, k), "lora_A": (r, k), "lora_B": (n, r), "dy": (m, n), "bias": (n,)}
+    return {name: torch.randn(*size, device=device).to(dtype) for name, size in sizes.items()}
+
+
+def run_all(module, t: dict[str, torch.Tensor], dropout: Dropout | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every function of fused.py or reference.py on one problem."""
+    y, xa = module.forward(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], scaling=0.5, dropout=dropout)
+    dyb, db = module.grad_panels(t["dy"], t["lora_B"], xa, scaling=0.5, dtype=dtype)
+    dx = module.grad_input(t["dy"], t["weight"], dyb, t["lora_A"], dropout=dropout)
+    da = module.grad_lora_A(dyb, t["x"], dropout=dropout, dtype=dtype)
+    return {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da}
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fresh outputs hold NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@interpreted
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_touches_only_its_arguments_and_writes_every_element_once(shape, dtype: torch.dtype, p: float) -> None:
+    from interpreter import checked_addresses
+
+    t = tensors(shape, dtype, "cpu")
+    dropout = Dropout(torch.tensor([1]), dropout_threshold(p)) if p > 0 else None
+    with checked_addresses() as counts, poisoned_outputs():
+        results = run_all(fused, t, dropout, dtype)
+    # xa, y, dx; partial dyb and db with their two reductions, or a panel and one more; da with its reduction.
+    assert counts["launches"] >= 7
+    assert not [name for name, value in results.items() if value.isnan().any()]
+
+
+@interpreted
+def test_the_address_check_sees_an_overrun_and_a_double_write() -> None:
+    import triton.language as tl
+    from interpreter import checked_addresses
+
+    @triton.jit
+    def overrun(x_ptr, SIZE: tl.constexpr):
+        tl.store(x_ptr + tl.arange(0, SIZE), 1.0)
+
+    @triton.jit
+    def twice(x_ptr, SIZE: tl.constexpr):
+        tl.store(x_ptr + tl.arange(0, SIZE) // 2, 1.0)
+
+    with checked_addresses(), pytest.raises(Exception, match="lie outside every argument"):
+        overrun[(1,)](torch.zeros(7), SIZE=8)
+    with checked_addresses(), pytest.raises(AssertionError, match="written more than once"):
+        twice[(1,)](torch.zeros(8), SIZE=8)
+
+
+@pytest.mark.parametrize("r", [1, 16, 40])
+@pytest.mark.parametrize(("row_offset", "column_offset"), [(0, 0), (2**33 + 5, 8), (3, 2**34 + 3)])
+def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: int, column_offset: int, r: int) -> None:
+    """Each kernel, given ones and unit vectors, gives back keep / q itself."""
+    rows, columns = 45, 56
+    dropout = Dropout(torch.tensor([77], device=device), dropout_threshold(0.25), row_offset, column_offset)
+    keep = dropout.mask(rows, columns).float()
+    assert 0 < keep.mean() < 1
+    ones = torch.ones(rows, columns, device=device)
+    eye = torch.eye(columns, device=device)
+    for start in range(0, columns, r):
+        some = eye[start : start + r]
+        from_forward = panel.panel(ones, some.T, dropout.keep_probability, dropout)
+        torch.testing.assert_close(from_forward, keep[:, start : start + r], rtol=0, atol=1e-6)
+    # One column of the panel is 1, so dx is keep / q in every column.
+    dyb = torch.zeros(rows, r, device=device)
+    dyb[:, 0] = dropout.keep_probability
+    factor = torch.zeros(r, columns, device=device)
+    factor[0] = 1
+    dx = fused_linear.grad_input(
+        torch.zeros(rows, 8, device=device), torch.zeros(8, columns, device=device), dyb, factor, dropout
+    )
+    assert torch.equal(dx, keep)
+    # Row i's unit vector picks row i of the mask out of the sum over rows.
+    for start in range(0, rows, r):
+        picked = torch.eye(rows, device=device)[:, start : start + r].contiguous()
+        da = adapter_grad.grad_lora_A(picked, ones, dropout, torch.float32)
+        torch.testing.assert_close(da * dropout.keep_probability, keep[start : start + r], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_each_launcher_is_as_accurate_as_the_reference(device: str, dtype: torch.dtype, shape) -> None:
+    t = tensors(shape, dtype, device)
+    dropout = Dropout(torch.tensor([5], device=device), dropout_threshold(0.2))
+    wide = {name: value.double() for name, value in t.items()}
+    exact = run_all(reference, wide, dropout, torch.float64)
+    same_dtype, actual = run_all(reference, t, dropout, dtype), run_all(fused, t, dropout, dtype)
+    for name, value in actual.items():
+        assert_as_accurate_as(value, same_dtype[name], exact[name], name)
+
+
+def test_db_and_dyb_alone_equal_what_they_are_together(device: str) -> None:
+    t = tensors((70, 30, 90, 8), torch.float32, device)
+    xa = torch.randn(70, 8, device=device)
+    options = {"scaling": 0.5, "dtype": torch.float32}
+    dyb, db = fused.grad_panels(t["dy"], t["lora_B"], xa, **options)
+    only_dyb, nothing = fused.grad_panels(t["dy"], t["lora_B"], None, **options)
+    assert nothing is None
+    nothing, only_db = fused.grad_panels(t["dy"], None, xa, **options)
+    assert nothing is None and torch.equal(only_db, db)
+    torch.testing.assert_close(only_dyb, dyb)
+
+
+def test_empty_sizes_give_zeros_and_launch_nothing_out_of_range(device: str) -> None:
+    for m, k, n in ((0, 5, 6), (4, 0, 6), (4, 5, 0)):
+        t = tensors((m, k, n, 3), torch.float32, device)
+        with poisoned_outputs():
+            results = run_all(fused, t, None, torch.float32)
+        expected = run_all(reference, t, None, torch.float32)
+        for name, value in results.items():
+            torch.testing.assert_close(value, expected[name], msg=f"{name} at {(m, k, n)}")
+
+
+def test_reduce_sums_in_float32_and_rounds_once(device: str) -> None:
+    partials = torch.randn(7, 3, 421, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        actual = reduce.reduce(partials, dtype, 0.5)
+        exact = partials.double().sum(0) * 0.5
+        assert_as_accurate_as(actual, exact.to(dtype), exact)
+
+
+def test_kernels_state_their_work() -> None:
+    """launch_metadata is what profilers read; the numbers are those of the mathematics."""
+    x, out = torch.empty(8, 64, dtype=torch.bfloat16), torch.empty(8, 32, dtype=torch.bfloat16)
+    right, xa, factor = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(8, 4), torch.empty(4, 32)
+    arguments = {
+        "left_ptr": x,
+        "right_ptr": right,
+        "panel_ptr": xa,
+        "factor_ptr": factor,
+        "bias_ptr": None,
+        "out_ptr": out,
+    }
+    work = fused_linear._work(None, None, arguments | {"M": 8, "J": 32, "I": 64, "R": 4})
+    assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * 32
+    assert work["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * (8 * 4 + 4 * 32)
+    work = panel._work(None, None, {"left_ptr": x, "factor_ptr": xa, "panel_ptr": out, "M": 8, "I": 64, "R": 4})
+    assert work["flops16"] == 2 * 8 * 64 * 4
+
+
+def test_tables_are_complete_frozen_and_safe_for_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (*config.TABLES.values(), config.SAFE, config.IRREGULAR, config.FLOAT32, config.INTERPRETER):
+        assert set(table.panel) == set(table.adapter_grad) == set(config.RANK_BLOCKS)
+        with pytest.raises(AttributeError):
+            table.programs = 1  # type: ignore[misc]
+        with pytest.raises(TypeError):
+            table.panel[16] = table.panel[32]  # type: ignore[index]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 77))
+    assert config._architecture(torch.device("cuda", 63)) is config.SAFE
+    config._architecture.cache_clear()
+
+
+@pytest.mark.parametrize(("r", "block"), [(1, 16), (16, 16), (17, 32), (128, 128), (129, 128), (1000, 128)])
+def test_rank_block(r: int, block: int) -> None:
+    assert config.rank_block(r) == block
