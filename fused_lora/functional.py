@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from . import ops  # noqa: F401  (registers the op)
 from .dispatch import autocast_dtype, requested_backend
 
+# A mask's counter holds column // 8 in 32 bits.
+_MOST_COLUMNS = 2**35
+
 
 def lora_linear(
     x: Tensor,
@@ -45,7 +48,7 @@ def lora_linear(
     Raises ValueError or TypeError, naming the argument, for anything else.
     The definition is that of Hu et al. 2021 (arXiv:2106.09685) and of loralib.Linear.
     """
-    if fan_in_fan_out:
+    if fan_in_fan_out and weight.dim() == 2:
         weight = weight.T
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset)
     if lora_A.shape[0] == 0:
@@ -125,8 +128,10 @@ def _check(
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1].")
     if not math.isfinite(scaling):
         raise ValueError(f"scaling is {scaling}; expected a finite number.")
-    if row_offset < 0 or column_offset < 0:
-        raise ValueError(f"row_offset and column_offset are {row_offset} and {column_offset}; expected none below 0.")
+    if row_offset < 0:
+        raise ValueError(f"row_offset is {row_offset}; expected 0 or more.")
+    if not 0 <= column_offset <= _MOST_COLUMNS - in_features:
+        raise ValueError(f"column_offset is {column_offset}; expected columns from 0 up to 2**35 - 1.")
 
 
 def _check_dtypes(dtype: torch.dtype, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:

@@ -3,8 +3,10 @@
 forward     y  = x @ w.T + xa @ b.T + bias              left x [M, K],  right w.T [K, N], panel xa,  factor b.T [R, N]
 grad_input  dx = dy @ w  + keep * (dyb @ a) / q         left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
 
-I is the contracted dimension and J the produced one. The panel already carries the scaling. The low-rank dot comes
-after the main loop, by quarters of the tile's columns, so that the update and its mask fit in registers beside it.
+I is the contracted dimension and J the produced one. The panel already carries the scaling. Without a mask the
+low-rank product is what the main loop starts from: as a user of its accumulator after it, it would make ptxas
+serialise the loop's matrix instructions (triton 3.6). With a mask it follows the loop, by quarters of the tile's
+columns, so that the update and its mask fit in registers beside the rest.
 """
 
 from __future__ import annotations
@@ -34,6 +36,27 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 @triton.jit
+def _low_rank(
+    panel_ptr, stride_pm, stride_pr,
+    factor_ptr, stride_fr, stride_fj,
+    rows, columns,
+    M, J, R,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """panel @ factor at the given rows and columns, float32 [BLOCK_M, BLOCK_J]."""
+    update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    for step in tl.static_range(RANK_STEPS):
+        ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
+        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
+        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < J), other=0.0)
+        update = accumulate(panel, factor.to(panel.dtype), update, PRECISION)
+    return update
+
+
+@triton.jit
 def _finish(
     acc,
     panel_ptr, stride_pm, stride_pr,
@@ -43,32 +66,24 @@ def _finish(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     rows, first_column,
     M, J, R,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
-    # The update has an accumulator and a loop of its own: a dot onto acc would be one more user of the main loop's
-    # registers, for which ptxas serialises all of its matrix instructions.
+    """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
-    in_rows, in_columns = rows[:, None] < M, columns[None, :] < J
-    update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    for start in tl.range(0, R, BLOCK_R, num_stages=1):
-        ranks = start + tl.arange(0, BLOCK_R)
-        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-        panel = tl.load(panel_ptrs, mask=in_rows & (ranks[None, :] < R), other=0.0)
-        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns, other=0.0)
-        update = accumulate(panel, factor.to(panel.dtype), update, PRECISION)
     if seed_ptr is not None:
+        update = _low_rank(
+            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+            rows, columns, M, J, R, BLOCK_M, BLOCK_J, BLOCK_R, RANK_STEPS, PRECISION,
+        )  # fmt: skip
         keep = keep_tile(
             seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
         )
-        update = tl.where(keep, update * inverse_q, 0.0)
-    acc += update
+        acc += tl.where(keep, update * inverse_q, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & in_columns)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < J))
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
@@ -82,7 +97,7 @@ def _fused_linear_kernel(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     M, J, I, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -94,7 +109,14 @@ def _fused_linear_kernel(
 
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tile_j.to(tl.int64) * BLOCK_J
-    acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    if seed_ptr is None:
+        columns = first_column + tl.arange(0, BLOCK_J)
+        acc = _low_rank(
+            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+            rows, columns, M, J, R, BLOCK_M, BLOCK_J, BLOCK_R, RANK_STEPS, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     if DESCRIPTORS:
         for start in range(0, I, BLOCK_I):
             left = left_ptr.load([tile_m * BLOCK_M, start])
@@ -138,7 +160,7 @@ def _fused_linear_kernel(
                 seed_ptr, threshold, inverse_q, row_offset, column_offset,
                 rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, ALIGNED, PRECISION,
+                BLOCK_M, QUARTER, BLOCK_R, RANK_STEPS, ALIGNED, PRECISION,
             )  # fmt: skip
 
 
@@ -181,7 +203,7 @@ def _fused_linear(
         inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
         M=M, J=J, I=I, R=R,
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        GROUP_M=GROUP_M, DESCRIPTORS=descriptors, TRANSPOSED=transposed,
+        RANK_STEPS=triton.cdiv(R, block_r), GROUP_M=GROUP_M, DESCRIPTORS=descriptors, TRANSPOSED=transposed,
         EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,

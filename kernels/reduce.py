@@ -19,7 +19,7 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     return stated_work("reduce", float(partials.numel()), partials, out, dtype=partials.dtype)
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["SPLITS"])
+@triton.jit(launch_metadata=_work, do_not_specialize=["SPLITS", "SIZE"])
 def _reduce_kernel(
     partials_ptr,  # [SPLITS, SIZE]
     out_ptr,  # [SIZE]

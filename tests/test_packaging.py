@@ -129,3 +129,10 @@ def test_the_version_is_the_installed_one() -> None:
     import fused_lora
 
     assert version("fused-lora") == fused_lora.__version__
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(("reference:", "triton:")) and (tmp_path / "adapter.pt").exists()

@@ -1,0 +1,337 @@
+"""Mutation testing: breaks the product on purpose, one mutant at a time, and shows that the tests fail for each.
+
+`make mutants` prints which test killed which mutant and fails if one survived. pytest does not collect this file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 2
+TIMEOUT_SECONDS = 300
+SURVIVED, BROKEN = "SURVIVED", "BROKEN"
+
+DROPOUT = "kernels/_dropout.py"
+PANEL = "kernels/panel.py"
+LINEAR = "kernels/fused_linear.py"
+ADAPTER = "kernels/adapter_grad.py"
+REDUCE = "kernels/reduce.py"
+REFERENCE = "fused_lora/reference.py"
+OPS = "fused_lora/ops.py"
+FUNCTIONAL = "fused_lora/functional.py"
+
+TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
+TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
+TRITON_STRIDES = ("tests/test_op.py", "-k", "test_accuracy_with_strides[triton")
+TORCH = ("tests/test_op.py", "-k", "[reference-float32-float32")
+MASK = ("tests/test_reference.py",)
+ADDRESSES = ("tests/test_kernels.py", "-k", "test_touches_only_its_arguments")
+OPTIONS = ("tests/test_functional.py", "-k", "not bad_input and not any_shape")
+
+
+class BrokenRun(Exception):
+    """The run says nothing about the tests: a mutant no longer applies, or pytest did not get to an assertion."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one file, and the pytest arguments that select the tests which must notice it."""
+
+    name: str
+    path: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def mutated(self, root: Path) -> str:
+        source = (root / self.path).read_text()
+        occurrences = source.count(self.before)
+        if occurrences != 1:
+            raise BrokenRun(f"{self.name}: {self.before!r} occurs {occurrences} times in {self.path}; expected once.")
+        return source.replace(self.before, self.after)
+
+
+MUTANTS = (
+    Mutant("panels 2 % too large", PANEL, "(acc * scale).to", "(acc * scale * 1.02).to", TRITON),
+    Mutant(
+        "dyb 2 % too large",
+        ADAPTER,
+        "reduce(products, dy.dtype, scaling)",
+        "reduce(products, dy.dtype, scaling * 1.02)",
+        TRITON,
+    ),
+    Mutant("xa 2 % too large", REFERENCE, "scaling * inverse_q)", "1.02 * scaling * inverse_q)", TORCH),
+    Mutant(
+        "dyb 2 % too large", REFERENCE, "lora_B.to(dy.dtype), scaling)", "lora_B.to(dy.dtype), 1.02 * scaling)", TORCH
+    ),
+    Mutant(
+        "no LoRA term in dx",
+        LINEAR,
+        "_fused_linear(dy, weight, dyb, lora_A, None, dropout)",
+        "_fused_linear(dy, weight, 0 * dyb, lora_A, None, dropout)",
+        TRITON,
+    ),
+    Mutant(
+        "no LoRA term in dx without dropout",
+        REFERENCE,
+        "torch.addmm(dy @ weight, dyb, lora_A.to(dy.dtype))",
+        "dy @ weight",
+        TORCH,
+    ),
+    Mutant(
+        "no LoRA term in dx with dropout",
+        REFERENCE,
+        "dy @ weight + torch.where(dropout.mask(*update.shape), update, 0.0)",
+        "dy @ weight",
+        TORCH,
+    ),
+    Mutant(
+        "no 1/q in xa",
+        PANEL,
+        "scale=scale if dropout is None else scale / dropout.keep_probability",
+        "scale=scale",
+        TRITON,
+    ),
+    Mutant("no 1/q in dx", LINEAR, "update * inverse_q, 0.0", "update, 0.0", TRITON),
+    Mutant(
+        "no 1/q in da",
+        ADAPTER,
+        "inverse_q = 1.0 if dropout is None else 1 / dropout.keep_probability",
+        "inverse_q = 1.0",
+        TRITON,
+    ),
+    Mutant("no 1/q in xa", REFERENCE, "scaling * inverse_q)", "scaling)", TORCH),
+    Mutant(
+        "no 1/q in dx",
+        REFERENCE,
+        "lora_A.to(dy.dtype), 1 / dropout.keep_probability)",
+        "lora_A.to(dy.dtype), 1.0)",
+        TORCH,
+    ),
+    Mutant("no 1/q in da", REFERENCE, "kept.to(dtype), inverse_q)", "kept.to(dtype), 1.0)", TORCH),
+    Mutant("da halved", ADAPTER, "dtype, inverse_q)", "dtype, inverse_q / 2)", TRITON),
+    Mutant("da halved", REFERENCE, "kept.to(dtype), inverse_q)", "kept.to(dtype), inverse_q / 2)", TORCH),
+    Mutant(
+        "db of unscaled xa", ADAPTER, "scaling), reduce(db, dtype)", "scaling), reduce(db, dtype, 1 / scaling)", TRITON
+    ),
+    Mutant("db of unscaled xa", REFERENCE, "@ xa.to(dtype)", "@ (xa.to(dtype) / scaling)", TORCH),
+    Mutant("mask one row off", DROPOUT, "rows = rows[:, None]", "rows = rows[:, None] + 1", TRITON),
+    Mutant(
+        "mask one block off, aligned", DROPOUT, "blocks = first_column // 8", "blocks = 1 + first_column // 8", TRITON
+    ),
+    Mutant(
+        "mask one block off, unaligned", DROPOUT, "blocks = columns // 8", "blocks = 1 + columns // 8", TRITON_OFFSETS
+    ),
+    Mutant("threshold itself dropped", DROPOUT, "lanes >= threshold", "lanes > threshold", TRITON),
+    Mutant(
+        "halves of words swapped, aligned",
+        DROPOUT,
+        "tl.join(words & 0xFFFF, words >> 16)",
+        "tl.join(words >> 16, words & 0xFFFF)",
+        TRITON,
+    ),
+    Mutant("halves of words swapped, unaligned", DROPOUT, "lane % 2 == 0", "lane % 2 == 1", TRITON_OFFSETS),
+    Mutant("row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32) + zero", "zero", TRITON_OFFSETS),
+    Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "tl.load(seed_ptr) & 0xFFFFFFFF", TRITON),
+    Mutant("seed by address", DROPOUT, "tl.load(seed_ptr)", "seed_ptr.to(tl.int64)", TRITON),
+    Mutant("ten rounds of Philox", DROPOUT, "zero, 7)", "zero, 10)", TRITON),
+    Mutant(
+        "mask one row off",
+        REFERENCE,
+        "(self.row_offset + start, self.row_offset + stop,",
+        "(self.row_offset + start + 1, self.row_offset + stop + 1,",
+        MASK,
+    ),
+    Mutant("mask one block off", REFERENCE, "philox(seed, (block, row", "philox(seed, (block + 1, row", MASK),
+    Mutant("threshold itself dropped", REFERENCE, ">= self.threshold", "> self.threshold", MASK),
+    Mutant("halves of words swapped", REFERENCE, "(word & 0xFFFF, word >> 16)", "(word >> 16, word & 0xFFFF)", MASK),
+    Mutant("row's high bits ignored", REFERENCE, "(row >> 32) & _WORD", "torch.zeros_like(row)", MASK),
+    Mutant("seed's high bits ignored", REFERENCE, "(seed >> 32) & _WORD", "torch.zeros_like(seed)", MASK),
+    Mutant(
+        "seed by address", REFERENCE, "_lanes(self.seed, row", "_lanes(torch.tensor(self.seed.data_ptr()), row", MASK
+    ),
+    Mutant("q in 65535ths", REFERENCE, "1 - self.threshold / 65536", "1 - self.threshold / 65535", OPTIONS),
+    Mutant("xa's mask without row offset", PANEL, "rows + row_offset", "rows", TRITON_OFFSETS),
+    Mutant("dx's mask without column offset", LINEAR, "first_column + column_offset", "first_column", TRITON_OFFSETS),
+    Mutant("da's mask without column offset", ADAPTER, "first_inner + column_offset", "first_inner", TRITON_OFFSETS),
+    Mutant(
+        "backward with another layer's mask",
+        OPS,
+        "seed if wants_dyb else None",
+        "seed + 1 if wants_dyb and seed is not None else None",
+        TRITON,
+    ),
+    Mutant(
+        "every layer with the same mask",
+        FUNCTIONAL,
+        "torch.randint(0, 2**63 - 1, (1,), device=device)",
+        "torch.zeros(1, dtype=torch.int64, device=device)",
+        OPTIONS,
+    ),
+    Mutant(
+        "rank tail of both factors read",
+        LINEAR,
+        "ranks = start + tl.arange(0, BLOCK_R)",
+        "ranks = start + tl.arange(0, BLOCK_R)\n        R = start + BLOCK_R",
+        TRITON,
+    ),
+    Mutant("rank tail of the panel read", LINEAR, "in_rows & (ranks[None, :] < R)", "in_rows", ADDRESSES),
+    Mutant("rank tail of the factor read", LINEAR, "(ranks[:, None] < R) & in_columns", "in_columns", ADDRESSES),
+    Mutant(
+        "rank tail of the factor read",
+        PANEL,
+        "(inner[:, None] < I) & (ranks[None, :] < R)",
+        "inner[:, None] < I",
+        ADDRESSES,
+    ),
+    Mutant("rank tail stored", PANEL, "(rows[:, None] < M) & (ranks[None, :] < R)", "rows[:, None] < M", ADDRESSES),
+    Mutant(
+        "rank tail read and stored",
+        ADAPTER,
+        "in_ranks = ranks[None, :] < R",
+        "in_ranks = ranks[None, :] >= 0",
+        ADDRESSES,
+    ),
+    Mutant("rows past M read", PANEL, "tl.minimum(rows, M - 1)", "rows", ADDRESSES),
+    Mutant(
+        "last tile of K skipped, by descriptor",
+        LINEAR,
+        "range(0, I, BLOCK_I):\n            left = left_ptr",
+        "range(0, I - BLOCK_I, BLOCK_I):\n            left = left_ptr",
+        TRITON,
+    ),
+    Mutant(
+        "last tile of K skipped, by pointer",
+        LINEAR,
+        "range(0, I, BLOCK_I):\n            if EVEN_I",
+        "range(0, I - BLOCK_I, BLOCK_I):\n            if EVEN_I",
+        TRITON,
+    ),
+    Mutant("last tile of K skipped", PANEL, "range(0, I, BLOCK_I)", "range(0, I - BLOCK_I, BLOCK_I)", TRITON),
+    Mutant("columns past K read", PANEL, ", mask=inner[None, :] < I, other=0.0", "", TRITON_STRIDES),
+    Mutant(
+        "quarters of a tile mixed up",
+        LINEAR,
+        "half * HALF + quarter * QUARTER",
+        "half * QUARTER + quarter * HALF",
+        TRITON,
+    ),
+    Mutant("only the first group of tiles", LINEAR, "tile_m = group * GROUP_M + pid", "tile_m = pid", TRITON),
+    Mutant(
+        "last rows of a split dropped",
+        ADAPTER,
+        "tl.minimum(first + ROWS, M), BLOCK_M",
+        "tl.minimum(first + ROWS, M) - BLOCK_M, BLOCK_M",
+        TRITON,
+    ),
+    Mutant(
+        "last split dropped",
+        ADAPTER,
+        "splits = triton.cdiv(M, rows)",
+        "splits = max(1, triton.cdiv(M, rows) - 1)",
+        TRITON,
+    ),
+    Mutant("last split not added", REDUCE, "range(0, SPLITS)", "range(0, SPLITS - 1)", TRITON),
+    Mutant("no bias", LINEAR, "xa, lora_B.T, bias, None", "xa, lora_B.T, None, None", TRITON),
+    Mutant("no bias", REFERENCE, "linear(x, weight, bias)", "linear(x, weight, None)", TORCH),
+    Mutant(
+        "fan_in_fan_out reshapes",
+        FUNCTIONAL,
+        "weight = weight.T",
+        "weight = weight.reshape(weight.shape[::-1])",
+        OPTIONS,
+    ),
+    Mutant("dropout outside training", FUNCTIONAL, "if not training:", "if False:", OPTIONS),
+)
+
+
+def snapshot(source: Path, target: Path) -> Path:
+    # Hidden entries are caches, environments and git's; the link to kernels/ must stay one, or edits would miss it.
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo-output")
+    shutil.copytree(source, target, symlinks=True, ignore=ignore)
+    return target
+
+
+def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # The interpreter survives a bad address that would poison a GPU's context for every test after it.
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        # pytest cuts its summary to the terminal's width, and with it the reason of a failure.
+        "COLUMNS": "1000",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
+
+
+def pytest(root: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    return python(root, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests)
+
+
+def require_imports_from(root: Path) -> None:
+    """An editable install of the repository must not win over the copy, or every mutant would survive."""
+    code = "import fused_lora, fused_lora.kernels.panel as p; print(fused_lora.__file__, p.__file__, sep='\\n')"
+    result = python(root, "-c", code)
+    files = [Path(line).resolve() for line in result.stdout.splitlines()]
+    if result.returncode != 0 or files != [root / "fused_lora/__init__.py", root / PANEL]:
+        raise BrokenRun(f"The copy in {root} is not what Python imports: {result.stdout}{result.stderr}")
+
+
+def require_passes(root: Path, tests: tuple[str, ...]) -> None:
+    result = pytest(root, tests)
+    if result.returncode != 0:
+        raise BrokenRun(f"pytest {' '.join(tests)} exits with {result.returncode} unmutated:\n{result.stdout}")
+
+
+def verdict(mutant: Mutant, pristine: Path) -> str:
+    """The first test that fails by an assertion, or SURVIVED, or BROKEN where pytest ended in any other way."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = snapshot(pristine, Path(folder).resolve() / "copy")
+        (root / mutant.path).write_text(mutant.mutated(root))
+        result = pytest(root, mutant.tests)
+    if result.returncode == 0:
+        return SURVIVED
+    failed = re.search(r"^FAILED (.+?) - (assert |.*AssertionError)", result.stdout, re.MULTILINE)
+    if result.returncode != 1 or failed is None:
+        return f"{BROKEN}, pytest exits with {result.returncode}:\n{result.stdout}{result.stderr}"
+    return failed[1]
+
+
+def main() -> int:
+    began = time.monotonic()
+    counts = {BROKEN: 0, SURVIVED: 0}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        # One copy for the whole run, so that edits made meanwhile do not mix with it.
+        pristine = snapshot(ROOT, Path(folder).resolve() / "copy")
+        for mutant in MUTANTS:
+            mutant.mutated(pristine)
+        require_imports_from(pristine)
+        selections = dict.fromkeys(mutant.tests for mutant in MUTANTS)
+        list(pool.map(lambda tests: require_passes(pristine, tests), selections))
+        verdicts = pool.map(lambda mutant: verdict(mutant, pristine), MUTANTS)
+        for mutant, outcome in zip(MUTANTS, verdicts, strict=True):
+            print(f"{mutant.name:38} {mutant.path:24} {outcome}", flush=True)
+            for word in counts:
+                counts[word] += outcome.startswith(word)
+    killed = len(MUTANTS) - sum(counts.values())
+    print(f"{killed} of {len(MUTANTS)} mutants killed in {time.monotonic() - began:.0f} s")
+    return 0 if killed == len(MUTANTS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
