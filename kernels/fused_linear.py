@@ -36,24 +36,21 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 @triton.jit
-def _low_rank(
+def _add_ranks(
+    acc,
     panel_ptr, stride_pm, stride_pr,
     factor_ptr, stride_fr, stride_fj,
-    rows, columns,
+    rows, columns, start,
     M, J, R,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """panel @ factor at the given rows and columns, float32 [BLOCK_M, BLOCK_J]."""
-    update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    for step in tl.static_range(RANK_STEPS):
-        ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)
-        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-        panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
-        factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-        factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < J), other=0.0)
-        update = accumulate(panel, factor.to(panel.dtype), update, PRECISION)
-    return update
+    """acc + panel @ factor at the given rows and columns, over BLOCK_R ranks from start."""
+    ranks = start + tl.arange(0, BLOCK_R)
+    panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+    panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
+    factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
+    factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < J), other=0.0)
+    return accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
 
 
 @triton.jit
@@ -66,16 +63,18 @@ def _finish(
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
     rows, first_column,
     M, J, R,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
     if seed_ptr is not None:
-        update = _low_rank(
-            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-            rows, columns, M, J, R, BLOCK_M, BLOCK_J, BLOCK_R, RANK_STEPS, PRECISION,
-        )  # fmt: skip
+        update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+        for start in tl.range(0, R, BLOCK_R, num_stages=1):
+            update = _add_ranks(
+                update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+                rows, columns, start, M, J, R, BLOCK_R, PRECISION,
+            )  # fmt: skip
         keep = keep_tile(
             seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
         )
@@ -109,14 +108,14 @@ def _fused_linear_kernel(
 
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tile_j.to(tl.int64) * BLOCK_J
+    acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     if seed_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
-        acc = _low_rank(
-            panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-            rows, columns, M, J, R, BLOCK_M, BLOCK_J, BLOCK_R, RANK_STEPS, PRECISION,
-        )  # fmt: skip
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+        for rank_step in tl.static_range(RANK_STEPS):
+            acc = _add_ranks(
+                acc, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+                rows, columns, rank_step * BLOCK_R, M, J, R, BLOCK_R, PRECISION,
+            )  # fmt: skip
     if DESCRIPTORS:
         for start in range(0, I, BLOCK_I):
             left = left_ptr.load([tile_m * BLOCK_M, start])
@@ -160,7 +159,7 @@ def _fused_linear_kernel(
                 seed_ptr, threshold, inverse_q, row_offset, column_offset,
                 rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, RANK_STEPS, ALIGNED, PRECISION,
+                BLOCK_M, QUARTER, BLOCK_R, ALIGNED, PRECISION,
             )  # fmt: skip
 
 

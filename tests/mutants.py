@@ -35,6 +35,7 @@ TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
 TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
 TRITON_STRIDES = ("tests/test_op.py", "-k", "test_accuracy_with_strides[triton")
 TORCH = ("tests/test_op.py", "-k", "[reference-float32-float32")
+KERNEL_MASKS = ("tests/test_kernels.py", "-k", "mask")
 MASK = ("tests/test_reference.py",)
 ADDRESSES = ("tests/test_kernels.py", "-k", "test_touches_only_its_arguments")
 OPTIONS = ("tests/test_functional.py", "-k", "not bad_input and not any_shape")
@@ -133,7 +134,7 @@ MUTANTS = (
     Mutant(
         "mask one block off, unaligned", DROPOUT, "blocks = columns // 8", "blocks = 1 + columns // 8", TRITON_OFFSETS
     ),
-    Mutant("threshold itself dropped", DROPOUT, "lanes >= threshold", "lanes > threshold", TRITON),
+    Mutant("threshold itself dropped", DROPOUT, "lanes >= threshold", "lanes > threshold", KERNEL_MASKS),
     Mutant(
         "halves of words swapped, aligned",
         DROPOUT,
@@ -143,7 +144,7 @@ MUTANTS = (
     ),
     Mutant("halves of words swapped, unaligned", DROPOUT, "lane % 2 == 0", "lane % 2 == 1", TRITON_OFFSETS),
     Mutant("row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32) + zero", "zero", TRITON_OFFSETS),
-    Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "tl.load(seed_ptr) & 0xFFFFFFFF", TRITON),
+    Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "tl.load(seed_ptr) & 0xFFFFFFFF", KERNEL_MASKS),
     Mutant("seed by address", DROPOUT, "tl.load(seed_ptr)", "seed_ptr.to(tl.int64)", TRITON),
     Mutant("ten rounds of Philox", DROPOUT, "zero, 7)", "zero, 10)", TRITON),
     Mutant(
@@ -182,12 +183,15 @@ MUTANTS = (
     Mutant(
         "rank tail of both factors read",
         LINEAR,
-        "ranks = start + tl.arange(0, BLOCK_R)",
-        "ranks = start + tl.arange(0, BLOCK_R)\n        R = start + BLOCK_R",
+        "ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)",
+        "ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)\n        R = (step + 1) * BLOCK_R",
         TRITON,
     ),
-    Mutant("rank tail of the panel read", LINEAR, "in_rows & (ranks[None, :] < R)", "in_rows", ADDRESSES),
-    Mutant("rank tail of the factor read", LINEAR, "(ranks[:, None] < R) & in_columns", "in_columns", ADDRESSES),
+    Mutant("rank tail of the panel read", LINEAR, " & (ranks[None, :] < R)", "", ADDRESSES),
+    Mutant("rank tail of the factor read", LINEAR, "(ranks[:, None] < R) & ", "", ADDRESSES),
+    Mutant(
+        "last piece of the rank skipped", LINEAR, "static_range(RANK_STEPS)", "static_range(RANK_STEPS - 1)", TRITON
+    ),
     Mutant(
         "rank tail of the factor read",
         PANEL,
@@ -272,7 +276,7 @@ def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
         # pytest cuts its summary to the terminal's width, and with it the reason of a failure.
-        "COLUMNS": "1000",
+        "COLUMNS": "500",
     }
     return subprocess.run(
         [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
