@@ -1,6 +1,6 @@
 """python -m benchmarks.gpu_report: runs the tests, the demo and compute-sanitizer on this GPU and writes what passed.
 
-Writes gpu_tests.md, with the machine's header, and exits non-zero if anything failed. Needs the extra [test].
+Writes NAME.md, with the machine's header, and exits non-zero if anything failed. Needs the extra [test].
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from benchmarks.timing import machine_header, markdown_table
 
@@ -35,6 +37,12 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 def closing_line(output: str) -> str:
     return re.sub(r" in [\d.]+s.*", "", output.strip().splitlines()[-1]).strip("= ")
+
+
+def selected_tests(expression: str) -> Outcome:
+    done = run([*PYTEST, "tests/test_gpu.py", "-k", expression])
+    what = f"tests/test_gpu.py -k '{expression}' on {torch.cuda.device_count()} GPUs"
+    return Outcome(what, done.returncode == 0, closing_line(done.stdout))
 
 
 def tests() -> Outcome:
@@ -71,15 +79,17 @@ def memcheck() -> Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--select", help="run only the GPU tests that this pytest -k expression selects")
+    parser.add_argument("--name", default="gpu_tests", help="stem of the file to write")
     parser.add_argument("--commit", help="what to write in the header; default: git describe")
     options = parser.parse_args()
     header = machine_header(options.commit)
-    outcomes = [tests(), demo(), memcheck()]
+    outcomes = [selected_tests(options.select)] if options.select else [tests(), demo(), memcheck()]
     rows = [[o.what, "passed" if o.passed else "FAILED", o.result] for o in outcomes]
     facts = ", ".join(f"{name} {value}" for name, value in header.items())
     text = f"What ran on a GPU\n\n{facts}\n\n{markdown_table(['what', 'outcome', 'result'], rows)}\n"
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "gpu_tests.md").write_text(text)
+    (options.output / f"{options.name}.md").write_text(text)
     print(text)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 

@@ -108,8 +108,13 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     if obstacle is None:
         return Choice("triton", f"the kernels take {dtype} with {adapter_dtype} adapters on {device}")
     if device.type == "cuda":
-        warnings.warn(f"fused_lora takes the unfused reference path because {obstacle}.", stacklevel=3)
+        _warn_once(f"fused_lora takes the unfused reference path because {obstacle}.")
     return Choice("reference", obstacle)
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:

@@ -181,17 +181,14 @@ MUTANTS = (
         OPTIONS,
     ),
     Mutant(
-        "rank tail of both factors read",
-        LINEAR,
-        "ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)",
-        "ranks = step * BLOCK_R + tl.arange(0, BLOCK_R)\n        R = (step + 1) * BLOCK_R",
-        TRITON,
+        "rank tail read on both sides", LINEAR, "panel_ptrs = panel_ptr", "R += BLOCK_R; panel_ptrs = panel_ptr", TRITON
     ),
     Mutant("rank tail of the panel read", LINEAR, " & (ranks[None, :] < R)", "", ADDRESSES),
     Mutant("rank tail of the factor read", LINEAR, "(ranks[:, None] < R) & ", "", ADDRESSES),
     Mutant(
-        "last piece of the rank skipped", LINEAR, "static_range(RANK_STEPS)", "static_range(RANK_STEPS - 1)", TRITON
+        "last ranks skipped, no dropout", LINEAR, "static_range(RANK_STEPS)", "static_range(RANK_STEPS - 1)", TRITON
     ),
+    Mutant("last ranks skipped, dropout", LINEAR, "range(0, R, BLOCK_R", "range(0, R - BLOCK_R, BLOCK_R", TRITON),
     Mutant(
         "rank tail of the factor read",
         PANEL,

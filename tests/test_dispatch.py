@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
 
 import fused_lora
-from fused_lora import Linear
+from fused_lora import Linear, dispatch
 
 
 def test_explain_says_path_and_reason() -> None:
@@ -51,18 +52,16 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_use_backend_nests_restores_and_reaches_other_threads() -> None:
-    from fused_lora.dispatch import requested_backend
-
     seen = []
     with fused_lora.use_backend("reference"):
         with pytest.raises(KeyError), fused_lora.use_backend("triton"):
             raise KeyError
-        assert requested_backend() == "reference"
+        assert dispatch.requested_backend() == "reference"
         # Autograd recomputes checkpointed layers on threads of its own.
-        thread = threading.Thread(target=lambda: seen.append(requested_backend()))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested_backend()))
         thread.start()
         thread.join()
-    assert seen == ["reference"] and requested_backend() == "auto"
+    assert seen == ["reference"] and dispatch.requested_backend() == "auto"
 
 
 def test_backward_takes_the_path_that_forward_took() -> None:
@@ -82,3 +81,23 @@ def test_counting_ends_with_its_block() -> None:
             layer(x)
     layer(x)
     assert sum(outer.values()) == 2 and sum(inner.values()) == 1
+
+
+def test_a_gpu_that_falls_back_warns_once_per_reason() -> None:
+    """The choice is arithmetic on devices and dtypes, so it can be asked about a GPU that is not there."""
+    dispatch._warn_once.cache_clear()
+    dispatch.choose.cache_clear()
+    gpu = torch.device("cuda", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            choice = dispatch.choose("auto", gpu, torch.float64, torch.float64)
+            dispatch.choose.cache_clear()
+        assert choice.path == "reference" and "float64" in choice.reason
+        assert [choice.reason in str(warning.message) for warning in caught] == [True]
+        dispatch.choose("auto", gpu, torch.float16, torch.bfloat16)
+        assert len(caught) == 2
+        # Neither a CPU, where the reference is what one expects, nor a request for it is worth a warning.
+        dispatch.choose("auto", torch.device("cpu"), torch.float64, torch.float64)
+        dispatch.choose("reference", gpu, torch.float64, torch.float64)
+        assert len(caught) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +138,16 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(("reference:", "triton:")) and (tmp_path / "adapter.pt").exists()
+
+
+def test_the_readmes_figures_are_the_recorded_ones() -> None:
+    readme = (ROOT / "README.md").read_text()
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "linear.json").read_text())
+    assert recorded["header"]["commit"] in readme
+    ratios = {(r["shape"], r["candidate"]): (r["sustained_ratio"], r["burst_ratio"]) for r in recorded["records"]}
+    rows = re.findall(r"^\| (4096→\d+) \| (\S+) \| (.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == 4
+    for shape, p, cells in rows:
+        for candidate, cell in zip(("fused_lora", "base + addmm_", "loralib eager"), cells.split(" | "), strict=True):
+            sustained, burst = ratios[shape, f"{candidate}, p={float(p)}"]
+            assert cell == f"{sustained:.3f} ({burst:.3f})", f"{shape}, {candidate}, p={p}"
