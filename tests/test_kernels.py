@@ -112,6 +112,20 @@ def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: i
         torch.testing.assert_close(da * dropout.keep_probability, keep[start : start + r], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("seed", "row_offset", "column_offset", "lane"),
+    [(0, 0, 0, 0xB709), (0x123456789ABCDEF0, 3, 40, 0x27B0)],
+)
+def test_mask_keeps_a_lane_equal_to_the_threshold(
+    device: str, seed: int, row_offset: int, column_offset: int, lane: int
+) -> None:
+    """The lanes are the low halves of the contract's check vectors, one of them under a seed of 61 bits."""
+    one = torch.ones(1, 1, device=device)
+    for threshold, kept in ((lane, 1.0), (lane + 1, 0.0)):
+        dropout = Dropout(torch.tensor([seed], device=device), threshold, row_offset, column_offset)
+        assert panel.panel(one, one, dropout.keep_probability, dropout).item() == kept
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_each_launcher_is_as_accurate_as_the_reference(device: str, dtype: torch.dtype, shape) -> None:

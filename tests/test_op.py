@@ -69,6 +69,8 @@ SHAPES = [
     # sizes whose rows start at multiples of 16 bytes, on which the kernels load by descriptor
     (37, 48, 136),
     (70, 96, 64),
+    # more rows than the GEMM groups tiles of
+    (270, 16, 70),
     # single rows, columns and tokens
     (1, 16, 1),
     (1, 1, 1),

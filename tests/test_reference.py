@@ -75,6 +75,12 @@ def test_mask_depends_on_the_seed_by_value_and_on_all_its_bits() -> None:
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 65
 
 
+def test_a_lane_equal_to_the_threshold_is_kept() -> None:
+    # Seed 0, row 0, column 0: the lane is the low half of the check vector's first word, 0xB709.
+    seed = torch.tensor([0])
+    assert Dropout(seed, 0xB709).mask(1, 1).item() and not Dropout(seed, 0xB70A).mask(1, 1).item()
+
+
 @pytest.mark.parametrize(
     ("p", "threshold"), [(0.0, 0), (1e-9, 0), (0.1, 6554), (0.5, 32768), (0.999999, 65535), (1.0, 65535)]
 )
