@@ -22,7 +22,7 @@ from .launch import Dropout, dropout_arguments, input_precision, stated_work
 from .panel import panel as compute_panel
 from .reduce import reduce
 
-# Beyond this rank the partial sums of dyb weigh more than a second read of dy.
+# Beyond this rank the partial sums of dyb weigh more than a second read of dy; measured in benchmarks/NOTES.md.
 FUSED_RANK = 32
 
 

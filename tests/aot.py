@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from fused_lora import fused
@@ -80,8 +81,7 @@ def as_on_a_gpu(capability: int, device: torch.device, *arguments: Any, **option
 
 
 def assembler_report(ptx: str, capability: int) -> dict[str, Any]:
-    knobs = triton.knobs.nvidia
-    assembler = (knobs.ptxas_blackwell if capability >= 100 else knobs.ptxas).path
+    assembler = get_ptxas(capability).path
     name = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
