@@ -19,7 +19,7 @@ import torch
 from benchmarks.timing import machine_header, markdown_table
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-SANITISED_TESTS = ["tests/test_kernels.py", "-k", "accurate or masks or empty or alone or reduce"]
+SANITISED_TESTS = ["tests/test_kernels.py", "-k", "accurate or mask or empty or alone or reduce"]
 
 
 @dataclass

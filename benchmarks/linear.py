@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 import fused_lora
-from benchmarks.peers import PEERS, Layer, bare
+from benchmarks.peers import PEERS, Layer, bare, fused
 from benchmarks.timing import machine_header, markdown_table, measure
-from fused_lora.functional import lora_linear
 from fused_lora.reference import Dropout, dropout_threshold
 
 SHAPES = [(4096, 4096), (4096, 14336)]
@@ -43,17 +42,7 @@ def check(layer: Layer) -> None:
     exact = wide.gradients_of(expression(wide, keep, q))
     same_dtype = layer.gradients_of(expression(layer, keep, q))
     with fused_lora.use_backend("triton"):
-        y = lora_linear(
-            layer.x,
-            layer.weight,
-            layer.lora_A,
-            layer.lora_B,
-            scaling=layer.scaling,
-            dropout_p=layer.p,
-            training=True,
-            seed=seed,
-        )
-        results = {"fused_lora": layer.gradients_of(y)}
+        results = {"fused_lora": fused(layer, seed)()}
     if layer.p == 0:
         results |= {name: make(layer)() for name, make in PEERS.items()}
     for candidate, tensors in results.items():

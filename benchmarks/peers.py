@@ -106,7 +106,8 @@ def loralib_eager(layer: Layer) -> Callable[[], object]:
     )
 
 
-def fused(layer: Layer) -> Callable[[], object]:
+def fused(layer: Layer, seed: Tensor | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    """This package; seed fixes the mask, None draws a fresh one each call."""
     return lambda: layer.gradients_of(
         lora_linear(
             layer.x,
@@ -116,6 +117,7 @@ def fused(layer: Layer) -> Callable[[], object]:
             scaling=layer.scaling,
             dropout_p=layer.p,
             training=layer.p > 0,
+            seed=seed,
         )
     )
 

@@ -9,8 +9,8 @@
     da  = dyb.T @ (keep * x / q)                       [R, K]
     db  = dy.T @ xa                                    [N, R]
 
-The panels `xa` and `dyb` carry `scaling` already. Factors that are powers of neither operand (scaling, 1/q) enter as
-the `alpha` of a GEMM, so that they act on its accumulator and cost no rounding of their own. `lora_A` and `lora_B`
+The panels `xa` and `dyb` carry `scaling` already. The factors scaling and 1/q enter as the `alpha` of a GEMM, so
+that they act on its accumulator and cost no rounding of their own. `lora_A` and `lora_B`
 may be float32 beside a half-precision `x`: products then see them rounded to `x.dtype`, gradients stay float32.
 
 The LoRA update is that of Hu et al. 2021 (arXiv:2106.09685); the random bits are Philox-4x32 of Salmon et al. 2011

@@ -56,7 +56,7 @@ def _adapter_grad_kernel(
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_ranks = ranks[None, :] < R
     if factor_ptr is not None:
-        factor_ptrs = factor_ptr + inner[:, None] * stride_fi + ranks[None, :] * stride_fr
+        factor_ptrs = factor_ptr + inner[:, None] * stride_fi + ranks[None, :].to(tl.int64) * stride_fr
         factor = tl.load(factor_ptrs, mask=(inner[:, None] < I) & in_ranks, other=0.0).to(left_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
     first = split * ROWS

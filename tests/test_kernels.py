@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from numerics import assert_as_accurate_as
@@ -37,26 +34,17 @@ def run_all(module, t: dict[str, torch.Tensor], dropout: Dropout | None, dtype: 
     return {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da}
 
 
-@contextmanager
-def poisoned_outputs() -> Iterator[None]:
-    """Fresh outputs hold NaN, so that an element nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @interpreted
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("poisoned_allocations")
 def test_touches_only_its_arguments_and_writes_every_element_once(shape, dtype: torch.dtype, p: float) -> None:
     from interpreter import checked_addresses
 
     t = tensors(shape, dtype, "cpu")
     dropout = Dropout(torch.tensor([1]), dropout_threshold(p)) if p > 0 else None
-    with checked_addresses() as counts, poisoned_outputs():
+    with checked_addresses() as counts:
         results = run_all(fused, t, dropout, dtype)
     # xa, y, dx; partial dyb and db with their two reductions, or a panel and one more; da with its reduction.
     assert counts["launches"] >= 7
@@ -150,11 +138,11 @@ def test_db_and_dyb_alone_equal_what_they_are_together(device: str) -> None:
     torch.testing.assert_close(only_dyb, dyb)
 
 
+@pytest.mark.usefixtures("poisoned_allocations")
 def test_empty_sizes_give_zeros_and_launch_nothing_out_of_range(device: str) -> None:
     for m, k, n in ((0, 5, 6), (4, 0, 6), (4, 5, 0)):
         t = tensors((m, k, n, 3), torch.float32, device)
-        with poisoned_outputs():
-            results = run_all(fused, t, None, torch.float32)
+        results = run_all(fused, t, None, torch.float32)
         expected = run_all(reference, t, None, torch.float32)
         for name, value in results.items():
             torch.testing.assert_close(value, expected[name], msg=f"{name} at {(m, k, n)}")
