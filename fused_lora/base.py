@@ -1,9 +1,8 @@
-"""What every LoRA layer has in common: its attributes, and what merging an adapter into a weight means."""
+"""What every LoRA layer has in common: the attributes that loralib gives it."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class LoRALayer:
@@ -38,9 +37,3 @@ def dropout_in_force(lora_dropout: nn.Module) -> float:
     if type(lora_dropout) is not nn.Dropout:
         raise TypeError(f"lora_dropout is a {type(lora_dropout).__name__}; expected nn.Dropout or nn.Identity.")
     return lora_dropout.p if lora_dropout.training else 0.0
-
-
-def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """weight + scaling * lora_B @ lora_A, (out, in), summed in at least float32 and rounded once to weight's dtype."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scaling).to(weight.dtype)

@@ -25,9 +25,9 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Choice:
-    """A path ("linear", "reference" or "triton") and the reason for it, in words."""
+    """A path ("plain" torch, "reference" or "triton") and the reason for it, in words."""
 
-    path: Literal["linear", "reference", "triton"]
+    path: Literal["plain", "reference", "triton"]
     reason: str
 
     def __str__(self) -> str:
@@ -139,16 +139,20 @@ def _obstacle(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dty
 def explain(layer: nn.Module, x: Tensor) -> Choice:
     """Says which path `layer(x)` would take now, and why, without computing anything.
 
-    layer: a fused_lora layer. x: its input, any shape; only device and dtype are read.
+    layer: a fused_lora layer. x: its input, any shape; only device and dtype are read. A convolution itself is torch's
+    in any case; the path is that of its effective weight.
     Raises TypeError if layer is no LoRA layer, and what the call itself would raise for a forced path.
     """
     r, merged, lora_A = (getattr(layer, name, None) for name in ("r", "merged", "lora_A"))
     if r is None or merged is None:
         raise TypeError(f"layer is a {type(layer).__name__}; expected a fused_lora layer.")
     if lora_A is None:
-        return Choice("linear", "r is 0, so this is a plain layer")
+        return Choice("plain", "this layer has no adapter")
     if merged:
-        return Choice("linear", "the adapter is merged into the weight")
+        return Choice("plain", "the adapter is merged into the weight")
+    if not isinstance(layer, nn.Linear):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return choose(requested_backend(), weight.device, weight.dtype, lora_A.dtype)
     cast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     adapter_dtype = lora_A.dtype if cast is None or lora_A.dtype == torch.float32 else cast
     return choose(requested_backend(), x.device, cast or x.dtype, adapter_dtype)

@@ -1,14 +1,15 @@
-"""The public function of a LoRA linear layer: argument checks, flattening and the dropout seed."""
+"""The public functions of LoRA layers: argument checks, flattening and the dropout seed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops  # noqa: F401  (registers the op)
+from . import embedding_op, linear_op, weight_op  # noqa: F401  (registers the ops)
 from .dispatch import autocast_dtype, requested_backend
 
 # A mask's counter holds column // 8 in 32 bits.
@@ -29,6 +30,7 @@ def lora_linear(
     row_offset: int = 0,
     column_offset: int = 0,
     fan_in_fan_out: bool = False,
+    enable_lora: Sequence[bool] = (True,),
 ) -> Tensor:
     """y = x @ weight.T + scaling * (dropout(x) @ lora_A.T) @ lora_B.T + bias, differentiable once.
 
@@ -43,14 +45,17 @@ def lora_linear(
         default generator of x's device. The mask is a pure function of (seed, row, column); see reference.Dropout.
     row_offset, column_offset: global position of x's first row (leading dimensions flattened) and column in the
         mask, for shards of a larger x.
+    enable_lora: which of the len(enable_lora) equal slices of the output features have an adapter. With n of them,
+        lora_A is (n * r, in_features) and lora_B (n * out_features / len(enable_lora), r), slice after slice; the i-th
+        enabled slice gains scaling * dropout(x) @ lora_A_i.T @ lora_B_i.T.
     Returns (..., out_features) in x's dtype. Under autocast, x, weight and bias are cast as nn.Linear would.
 
     Raises ValueError or TypeError, naming the argument, for anything else.
-    The definition is that of Hu et al. 2021 (arXiv:2106.09685) and of loralib.Linear.
+    The definition is that of Hu et al. 2021 (arXiv:2106.09685) and of loralib's Linear and MergedLinear.
     """
     if fan_in_fan_out and weight.dim() == 2:
         weight = weight.T
-    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset)
+    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, enable_lora)
     if lora_A.shape[0] == 0:
         return F.linear(x, weight, bias)
     if not training:
@@ -65,6 +70,7 @@ def lora_linear(
         bias,
         lora_A,
         lora_B,
+        [bool(enabled) for enabled in enable_lora],
         _seed_tensor(seed, x.device) if dropout_p > 0 else None,
         float(scaling),
         float(dropout_p),
@@ -73,6 +79,91 @@ def lora_linear(
         requested_backend(),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """y = weight[indices] + scaling * lora_A.T[indices] @ lora_B.T, differentiable once.
+
+    indices: int32 or int64, any shape. weight: (num_embeddings, embedding_dim), floating point. lora_A:
+        (r, num_embeddings). lora_B: (embedding_dim, r). Both in weight's dtype, or both float32 beside a bfloat16 or
+        float16 weight.
+    scaling: the factor of the LoRA term (loralib: lora_alpha / r).
+    padding_idx: the index whose row of weight and column of lora_A get no gradient.
+    scale_grad_by_freq: divide the gradients of weight and lora_A by how often an index occurs, as F.embedding does.
+    sparse: weight's gradient is a sparse tensor, as F.embedding's. lora_A's is dense in any case, since torch has no
+        layout for a matrix that is sparse by columns.
+    Returns (*indices.shape, embedding_dim) in weight's dtype, also under autocast, as F.embedding does.
+
+    Raises ValueError or TypeError, naming the argument, and IndexError for an index out of range (on a GPU, a
+    device-side assertion). The definition is that of loralib.Embedding.
+    """
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices is {indices.dtype}; expected torch.int32 or torch.int64.")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; expected floating-point numbers of shape "
+            "(num_embeddings, embedding_dim)."
+        )
+    num_embeddings, embedding_dim = weight.shape
+    _check_factors(weight, lora_A, lora_B, (num_embeddings, embedding_dim))
+    if indices.device != weight.device:
+        raise ValueError(f"indices is on {indices.device}; expected {weight.device}, where weight is.")
+    if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx is {padding_idx}; expected an index into {num_embeddings} embeddings.")
+    _check_scaling(scaling)
+    if lora_A.shape[0] == 0:
+        return F.embedding(indices, weight, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
+    padding = -1 if padding_idx is None else padding_idx % num_embeddings
+    y: Tensor = torch.ops.fused_lora.lora_embedding(
+        indices.reshape(-1).contiguous(),
+        weight,
+        lora_A,
+        lora_B,
+        float(scaling),
+        padding,
+        scale_grad_by_freq,
+        sparse,
+        requested_backend(),
+    )
+    return y.view(*indices.shape, embedding_dim)
+
+
+def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0) -> Tensor:
+    """weight + scaling * (lora_B @ lora_A).view(weight.shape), summed in float32, rounded once; differentiable once.
+
+    weight: (out, in), any strides, or a convolution's of more dimensions, whose first and later ones are split so that
+        lora_B (rows, r) and lora_A (r, columns) have rows * columns elements in weight's order.
+    lora_A, lora_B: in weight's dtype, or both float32 beside a bfloat16 or float16 weight.
+    scaling: the factor of the LoRA term (loralib: lora_alpha / r).
+    Returns a new tensor of weight's shape and dtype, also if r is 0. Nothing else of its size is made on a GPU.
+
+    Raises ValueError or TypeError, naming the argument. The definition is that of loralib's layers.
+    """
+    if not weight.is_floating_point():
+        raise TypeError(f"weight is {weight.dtype}; expected a floating-point dtype.")
+    rows, columns = lora_B.shape[0] if lora_B.dim() else 0, lora_A.shape[-1] if lora_A.dim() else 0
+    if rows * columns != weight.numel() or (weight.dim() == 2 and weight.shape != (rows, columns)):
+        raise ValueError(
+            f"lora_B has shape {tuple(lora_B.shape)} and lora_A {tuple(lora_A.shape)}; expected (rows, r) and "
+            f"(r, columns) of which rows times columns fill the weight's shape {tuple(weight.shape)}."
+        )
+    _check_factors(weight, lora_A, lora_B, (columns, rows))
+    _check_scaling(scaling)
+    matrix = weight if weight.dim() == 2 else weight.reshape(rows, columns)
+    effective: Tensor = torch.ops.fused_lora.lora_effective_weight(
+        matrix, lora_A, lora_B, float(scaling), requested_backend()
+    )
+    return effective if weight.dim() == 2 else effective.view(weight.shape)
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -99,6 +190,7 @@ def _check(
     dropout_p: float,
     row_offset: int,
     column_offset: int,
+    enable_lora: Sequence[bool],
 ) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; expected a floating-point dtype.")
@@ -109,13 +201,18 @@ def _check(
     out_features, in_features = weight.shape
     if x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {in_features}) to go with the weight.")
+    slices, enabled = len(enable_lora), sum(enable_lora)
+    if slices == 0 or out_features % slices != 0:
+        raise ValueError(f"enable_lora has length {slices}; expected a divisor of the {out_features} output features.")
     if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
         raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; expected (r, {in_features}) to go with the weight.")
-    if lora_B.dim() != 2 or lora_B.shape[0] != out_features:
-        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}; expected ({out_features}, r) to go with the weight.")
-    if lora_A.shape[0] != lora_B.shape[1]:
+    rows = out_features // slices * enabled
+    if lora_B.dim() != 2 or lora_B.shape[0] != rows:
+        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, r) to go with the weight.")
+    if lora_A.shape[0] != lora_B.shape[1] * enabled:
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; expected ({out_features}, {lora_A.shape[0]}), the rank of lora_A."
+            f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, {lora_A.shape[0] / max(1, enabled):g}), "
+            "the rank of lora_A in each enabled slice."
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({out_features},) to go with the weight.")
@@ -126,8 +223,7 @@ def _check(
         _check_dtypes(x.dtype, weight, lora_A, lora_B, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1].")
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling is {scaling}; expected a finite number.")
+    _check_scaling(scaling)
     if row_offset < 0:
         raise ValueError(f"row_offset is {row_offset}; expected 0 or more.")
     if not 0 <= column_offset <= _MOST_COLUMNS - in_features:
@@ -138,8 +234,32 @@ def _check_dtypes(dtype: torch.dtype, weight: Tensor, lora_A: Tensor, lora_B: Te
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}, as x, outside autocast.")
+    _check_adapter_dtypes("x", dtype, lora_A, lora_B)
+
+
+def _check_adapter_dtypes(beside: str, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> None:
     allowed = (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
     if lora_A.dtype not in allowed:
-        raise TypeError(f"lora_A is {lora_A.dtype}; expected {' or '.join(map(str, allowed))} to go with x.")
+        raise TypeError(f"lora_A is {lora_A.dtype}; expected {' or '.join(map(str, allowed))} to go with {beside}.")
     if lora_B.dtype != lora_A.dtype:
         raise TypeError(f"lora_B is {lora_B.dtype}; expected {lora_A.dtype}, as lora_A.")
+
+
+def _check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, sizes: tuple[int, int]) -> None:
+    columns, rows = sizes
+    if lora_A.dim() != 2 or lora_A.shape[1] != columns:
+        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; expected (r, {columns}) to go with the weight.")
+    if lora_B.shape != (rows, lora_A.shape[0]):
+        raise ValueError(
+            f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, {lora_A.shape[0]}) to go with the weight "
+            "and lora_A."
+        )
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {weight.device}, where weight is.")
+    _check_adapter_dtypes("weight", weight.dtype, lora_A, lora_B)
+
+
+def _check_scaling(scaling: float) -> None:
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling}; expected a finite number.")

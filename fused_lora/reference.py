@@ -1,4 +1,4 @@
-"""LoRA's linear layer in plain PyTorch: the mathematics and the dropout bits, on any device.
+"""LoRA in plain PyTorch: the mathematics and the dropout bits, on any device.
 
     x [M, K]   weight [N, K]   lora_A [R, K]   lora_B [N, R]   bias [N]   y [M, N]   keep [M, K]   q = 1 - p
 
@@ -8,6 +8,10 @@
     dx  = dy @ weight + keep * (dyb @ lora_A) / q      [M, K]
     da  = dyb.T @ (keep * x / q)                       [R, K]
     db  = dy.T @ xa                                    [N, R]
+
+MergedLinear cuts N into equal slices, of which `enable_lora` names those with an adapter. lora_A and both panels then
+hold R rows or columns for each enabled slice, lora_B and db its N / slices rows, one slice after another; x, dx and da
+see one adapter whose rank is their sum.
 
 The panels `xa` and `dyb` carry `scaling` already. The factors scaling and 1/q enter as the `alpha` of a GEMM, so
 that they act on its accumulator and cost no rounding of their own. `lora_A` and `lora_B`
@@ -19,6 +23,7 @@ The LoRA update is that of Hu et al. 2021 (arXiv:2106.09685); the random bits ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +95,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
-def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """factor * left @ right, rounded once."""
     return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
 
@@ -111,20 +116,46 @@ def forward(
     *,
     scaling: float,
     dropout: Dropout | None,
+    enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and its panel xa [M, R], both in x.dtype. Differentiable by plain autograd, as the tests' oracle is."""
     kept, inverse_q = _masked(x, dropout)
-    xa = _product(kept, lora_A.to(x.dtype).T, scaling * inverse_q)
+    xa = product(kept, lora_A.to(x.dtype).T, scaling * inverse_q)
     base = torch.nn.functional.linear(x, weight, bias)
-    return torch.addmm(base, xa, lora_B.to(x.dtype).T), xa
+    adapters = zip(xa.tensor_split(sum(enable_lora), 1), lora_B.to(x.dtype).tensor_split(sum(enable_lora)), strict=True)
+    slices = [
+        _add_adapter(piece, *next(adapters)) if enabled else piece
+        for piece, enabled in zip(base.tensor_split(len(enable_lora), 1), enable_lora, strict=True)
+    ]
+    return _joined(slices, 1), xa
+
+
+def _add_adapter(base: Tensor, panel: Tensor, lora_B: Tensor) -> Tensor:
+    return torch.addmm(base, panel, lora_B.T)
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def grad_panels(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, *, scaling: float, dtype: torch.dtype
+    dy: Tensor,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    *,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor | None, Tensor | None]:
     """dyb [M, R] in dy.dtype where lora_B is given, db [N, R] in `dtype` where xa is."""
-    dyb = None if lora_B is None else _product(dy, lora_B.to(dy.dtype), scaling)
-    db = None if xa is None else dy.T.to(dtype) @ xa.to(dtype)
+    slices = [piece for piece, on in zip(dy.tensor_split(len(enable_lora), 1), enable_lora, strict=True) if on]
+    dyb, db = None, None
+    if lora_B is not None:
+        factors = lora_B.to(dy.dtype).tensor_split(len(slices))
+        dyb = _joined([product(piece, factor, scaling) for piece, factor in zip(slices, factors, strict=True)], 1)
+    if xa is not None:
+        panels = xa.to(dtype).tensor_split(len(slices), 1)
+        db = _joined([piece.T.to(dtype) @ panel for piece, panel in zip(slices, panels, strict=True)], 0)
     return dyb, db
 
 
@@ -132,11 +163,33 @@ def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, dropo
     """dx [M, K] in dy.dtype."""
     if dropout is None:
         return torch.addmm(dy @ weight, dyb, lora_A.to(dy.dtype))
-    update = _product(dyb, lora_A.to(dy.dtype), 1 / dropout.keep_probability)
+    update = product(dyb, lora_A.to(dy.dtype), 1 / dropout.keep_probability)
     return dy @ weight + torch.where(dropout.mask(*update.shape), update, 0.0)
 
 
 def grad_lora_A(dyb: Tensor, x: Tensor, *, dropout: Dropout | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`."""
     kept, inverse_q = _masked(x, dropout)
-    return _product(dyb.T.to(dtype), kept.to(dtype), inverse_q)
+    return product(dyb.T.to(dtype), kept.to(dtype), inverse_q)
+
+
+def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
+    """weight + scaling * lora_B @ lora_A, [N, K], summed in at least float32 and rounded once to weight.dtype."""
+    return _updated(weight, lora_B, lora_A, scaling)
+
+
+def embedding(
+    indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Of tokens [M], weight [V, D], lora_A [R, V] and lora_B [D, R]: y [M, D] and its panel xa [M, R], weight.dtype.
+
+    y = weight[indices] + xa @ lora_B.T, rounded once; xa = scaling * lora_A[:, indices].T. Differentiable, as forward.
+    """
+    gathered = lora_A.index_select(1, indices).T
+    y = _updated(torch.nn.functional.embedding(indices, weight), gathered, lora_B.T, scaling)
+    return y, (gathered * scaling).to(weight.dtype)
+
+
+def _updated(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return torch.addmm(base.to(wide), left.to(wide), right.to(wide), alpha=scaling).to(base.dtype)

@@ -1,4 +1,4 @@
-"""Which parameters of a model are the adapter's: to train only them, and to save only them."""
+"""Which parameters of a model are the adapter's: to train only them, to save only them, or to save none of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .base import LoRALayer
+from .merge import MergingLayer
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -45,12 +46,39 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
     """
     _check_bias(bias)
     state = model.state_dict()
-    beside = {_bias_beside(name) for name in state if _is_lora(name)} if bias == "lora_only" else set()
+    beside = {other for name in state if _is_lora(name) for other in _biases_beside(name)}
     return {
         name: tensor
         for name, tensor in state.items()
-        if _is_lora(name) or (bias == "all" and _is_bias(name)) or name in beside
+        if _is_lora(name) or (bias == "all" and _is_bias(name)) or (bias == "lora_only" and name in beside)
     }
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model that computes in inference what this one does, whatever its mode.
+
+    Every LoRA layer's weight holds its adapter, as if merged; there are no lora_* entries; a convolution's weight and
+    bias have the names that a plain convolution gives them. The model itself is not changed; the merged weights are
+    new tensors, all others are the model's own.
+    """
+    layers = {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MergingLayer)
+    }
+    merged: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        prefix = f"{owner}." if owner else ""
+        if prefix not in layers and owner.rpartition(".")[2] == "conv" and prefix.removesuffix("conv.") in layers:
+            prefix = prefix.removesuffix("conv.")
+        if prefix not in layers:
+            merged[key] = tensor
+        elif leaf == "weight":
+            merged[prefix + leaf] = layers[prefix].merged_weight()
+        elif not leaf.startswith("lora_"):
+            merged[prefix + leaf] = tensor
+    return merged
 
 
 def _check_bias(bias: str) -> None:
@@ -66,7 +94,8 @@ def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2] == "bias"
 
 
-def _bias_beside(lora_name: str) -> str:
+def _biases_beside(lora_name: str) -> tuple[str, str]:
+    """The bias of a layer that has this entry, and that of its convolution."""
     parts = lora_name.split(".")
     owner = parts[: next(i for i, part in enumerate(parts) if part.startswith("lora_"))]
-    return ".".join([*owner, "bias"])
+    return ".".join([*owner, "bias"]), ".".join([*owner, "conv", "bias"])

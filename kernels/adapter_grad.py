@@ -1,6 +1,6 @@
 """An adapter's gradient, from one read of left: grad = scale * (keep * left).T @ panel, [I, R].
 
-db  left dy [M, N], panel xa,  and dyb = scaling * dy @ b [M, R] from the same read
+db  left dy [M, N], panel xa,  and dyb = scaling * dy @ b [M, R] from the same read; for each enabled slice
 da  left x [M, K],  panel dyb, with the mask; stored transposed, [R, K]
 
 A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.py adds them up in a fixed order.
@@ -8,6 +8,7 @@ A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ._accumulate import accumulate
 from ._dropout import keep_tile
+from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
 from .panel import panel as compute_panel
@@ -27,9 +29,9 @@ FUSED_RANK = 32
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    left, factor = args["left_ptr"], args["factor_ptr"]
-    flops = 2.0 * args["M"] * args["I"] * args["R"] * (1 if factor is None else 2)
-    tensors = (left, args["panel_ptr"], factor, args["grad_ptr"], args["product_ptr"])
+    left, grad, factor = args["left_ptr"], args["grad_ptr"], args["factor_ptr"]
+    flops = 2.0 * args["M"] * grad[0].numel() * (1 if factor is None else 2)
+    tensors = (enabled_columns(left, args), args["panel_ptr"], factor, grad, args["product_ptr"])
     return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
 
 
@@ -39,18 +41,28 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     do_not_specialize=["stride_ds", "M", "ROWS", "threshold", "row_offset", "column_offset"],
 )
 def _adapter_grad_kernel(
-    left_ptr, stride_lm, stride_li,  # [M, I]
-    panel_ptr, stride_pm, stride_pr,  # [M, R]
-    grad_ptr, stride_gs, stride_gi, stride_gr,  # [splits, I, R]
-    factor_ptr, stride_fi, stride_fr,  # [I, R], or None
-    product_ptr, stride_ds, stride_dm, stride_dr,  # left @ factor, [tiles of I, M, R], or None
+    left_ptr, stride_lm, stride_li,  # [M, SLICES * I]
+    panel_ptr, stride_pm, stride_pr,  # [M, enabled * R]
+    grad_ptr, stride_gs, stride_gi, stride_gr,  # [splits, enabled * I, R]
+    factor_ptr, stride_fi, stride_fr,  # [enabled * I, R], or None
+    product_ptr, stride_ds, stride_dm, stride_dr,  # left @ factor, [tiles of I, M, enabled * R], or None
     seed_ptr, threshold, row_offset, column_offset,
     M, I, R,
     ROWS,  # rows per split, a multiple of BLOCK_M
+    SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(I, BLOCK_I)
+    tile, split = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
+    if SLICES > 1:
+        e = (tl.program_id(0) // tiles).to(tl.int64)
+        left_ptr += enabled_slice(e, SLICES, ENABLED) * I * stride_li
+        panel_ptr += e * R * stride_pr
+        grad_ptr += e * I * stride_gi
+        if factor_ptr is not None:
+            factor_ptr += e * I * stride_fi
+            product_ptr += e * R * stride_dr
     first_inner = tile.to(tl.int64) * BLOCK_I
     inner = first_inner + tl.arange(0, BLOCK_I)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -85,27 +97,38 @@ def _adapter_grad_kernel(
 
 
 def _launch(
-    left: Tensor, panel: Tensor, factor: Tensor | None, dropout: Dropout | None, *, transposed: bool
+    left: Tensor,
+    panel: Tensor,
+    factor: Tensor | None,
+    dropout: Dropout | None,
+    enable_lora: Sequence[bool] = (True,),
+    *,
+    transposed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R]."""
-    (M, I), R = left.shape, panel.shape[1]
+    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
+
+    With slices, the enabled ones' gradients and products stand one after another in I and in R respectively.
+    """
+    M, I, enabled = len(left), left.shape[1] // len(enable_lora), sum(enable_lora)
+    R = panel.shape[1] // enabled
     block_r, arguments = rank_block(R), dropout_arguments(dropout)
     tiles = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"])
     tile = tiles.adapter_grad[block_r]
     grid_i, grid_r = triton.cdiv(I, tile.block_i), triton.cdiv(R, block_r)
     steps = triton.cdiv(M, tile.block_m)
-    rows = tile.block_m * triton.cdiv(steps, min(steps, max(1, tiles.programs // (grid_i * grid_r))))
+    rows = tile.block_m * triton.cdiv(steps, min(steps, max(1, tiles.programs // (enabled * grid_i * grid_r))))
     splits = triton.cdiv(M, rows)
-    grad = left.new_empty((splits, R, I) if transposed else (splits, I, R), dtype=torch.float32)
+    shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
+    grad = left.new_empty(shape, dtype=torch.float32)
     strides = grad.stride() if not transposed else (grad.stride(0), grad.stride(2), grad.stride(1))
-    product = None if factor is None else left.new_empty((grid_i, M, R), dtype=torch.float32)
-    _adapter_grad_kernel[(grid_i, splits, grid_r)](
+    product = None if factor is None else left.new_empty((grid_i, M, enabled * R), dtype=torch.float32)
+    _adapter_grad_kernel[(enabled * grid_i, splits, grid_r)](
         left, *left.stride(),
         panel, *panel.stride(),
         grad, *strides,
         factor, *((0, 0) if factor is None else factor.stride()),
         product, *((0, 0, 0) if product is None else product.stride()),
-        M=M, I=I, R=R, ROWS=rows,
+        M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -115,18 +138,27 @@ def _launch(
 
 
 def grad_panels(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype
+    dy: Tensor,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dyb [M, R] in dy's dtype where lora_B [N, R] is given, db [N, R] in `dtype` where xa [M, R] is."""
+    """dyb [M, R] in dy's dtype where lora_B [N, R] is given, db [N, R] in `dtype` where xa [M, R] is.
+
+    With slices: dyb and xa hold R columns for each enabled slice, lora_B and db its rows.
+    """
+    enabled, rows = sum(enable_lora), dy.shape[1] // len(enable_lora) * sum(enable_lora)
     if xa is None:
-        return None if lora_B is None else compute_panel(dy, lora_B, scaling), None
+        return None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora), None
     if dy.numel() == 0:
-        dyb = None if lora_B is None else dy.new_zeros((dy.shape[0], lora_B.shape[1]))
-        return dyb, xa.new_zeros((dy.shape[1], xa.shape[1]), dtype=dtype)
+        dyb = None if lora_B is None else torch.zeros_like(xa, dtype=dy.dtype)
+        return dyb, xa.new_zeros((rows, xa.shape[1] // enabled), dtype=dtype)
     if lora_B is None or lora_B.shape[1] > FUSED_RANK:
-        dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling)
-        return dyb, reduce(_launch(dy, xa, None, None, transposed=False)[0], dtype)
-    db, products = _launch(dy, xa, lora_B, None, transposed=False)
+        dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)
+        return dyb, reduce(_launch(dy, xa, None, None, enable_lora, transposed=False)[0], dtype)
+    db, products = _launch(dy, xa, lora_B, None, enable_lora, transposed=False)
     assert products is not None
     return reduce(products, dy.dtype, scaling), reduce(db, dtype)
 

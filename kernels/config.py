@@ -50,6 +50,16 @@ class AdapterGradTile:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class UpdateTile:
+    """low_rank_update.py: a tile of the output."""
+
+    block_m: int
+    block_j: int
+    num_warps: int
+    num_stages: int
+
+
 # A rank is padded to a power of two from 16, the least that a matrix instruction contracts over, and cut into pieces
 # of at most the last. Panels and adapter gradients have a tile for each.
 RANK_BLOCKS = (16, 32, 64, 128)
@@ -63,6 +73,7 @@ class Tiles:
     panel: MappingProxyType[int, PanelTile]
     adapter_grad: MappingProxyType[int, AdapterGradTile]
     programs: int
+    update: UpdateTile = UpdateTile(block_m=32, block_j=128, num_warps=8, num_stages=1)
 
 
 def _by_rank(*tiles: _Tile) -> MappingProxyType[int, _Tile]:
@@ -141,6 +152,7 @@ INTERPRETER = Tiles(
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
     programs=6,
+    update=UpdateTile(block_m=16, block_j=32, num_warps=4, num_stages=1),
 )
 
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})

@@ -11,6 +11,7 @@ columns, so that the update and its mask fit in registers beside the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -20,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._dropout import keep_tile
+from ._slices import enabled_before, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
 
@@ -41,15 +43,16 @@ def _add_ranks(
     panel_ptr, stride_pm, stride_pr,
     factor_ptr, stride_fr, stride_fj,
     rows, columns, start,
-    M, J, R,
+    M, first_column, last_column, R,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + panel @ factor at the given rows and columns, over BLOCK_R ranks from start."""
+    """acc + panel @ factor at the given rows and those of the columns from first to last, over BLOCK_R ranks."""
     ranks = start + tl.arange(0, BLOCK_R)
     panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
     panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
     factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-    factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < J), other=0.0)
+    in_columns = (columns >= first_column) & (columns < last_column)
+    factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns[None, :], other=0.0)
     return accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
 
 
@@ -73,7 +76,7 @@ def _finish(
         for start in tl.range(0, R, BLOCK_R, num_stages=1):
             update = _add_ranks(
                 update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-                rows, columns, start, M, J, R, BLOCK_R, PRECISION,
+                rows, columns, start, M, 0, J, R, BLOCK_R, PRECISION,
             )  # fmt: skip
         keep = keep_tile(
             seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
@@ -94,9 +97,11 @@ def _fused_linear_kernel(
     bias_ptr, stride_bias,  # [J]
     out_ptr, stride_om, stride_oj,  # [M, J]
     seed_ptr, threshold, inverse_q, row_offset, column_offset,
-    M, J, I, R,
+    M, J, I, R,  # R ranks in each slice
+    WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -111,10 +116,21 @@ def _fused_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     if seed_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
-        for rank_step in tl.static_range(RANK_STEPS):
+        if SLICES == 1:
+            first, last = tl.full((), 0, tl.int32), 1
+        else:
+            first = enabled_before(first_column.to(tl.int32) // WIDTH, SLICES, ENABLED)
+            last_column = tl.minimum(first_column.to(tl.int32) + BLOCK_J, J) - 1
+            last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+        for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
+            e = first + step // RANK_STEPS
+            slice = enabled_slice(e, SLICES, ENABLED) if SLICES > 1 else e
             acc = _add_ranks(
-                acc, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-                rows, columns, rank_step * BLOCK_R, M, J, R, BLOCK_R, PRECISION,
+                acc,
+                panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
+                factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
+                rows, columns, step % RANK_STEPS * BLOCK_R,
+                M, slice * WIDTH, tl.where(e < last, (slice + 1) * WIDTH, 0), R, BLOCK_R, PRECISION,
             )  # fmt: skip
     if DESCRIPTORS:
         for start in range(0, I, BLOCK_I):
@@ -175,14 +191,22 @@ def _describable(matrix: Tensor) -> bool:
 
 
 def _fused_linear(
-    left: Tensor, right: Tensor, panel: Tensor, factor: Tensor, bias: Tensor | None, dropout: Dropout | None
+    left: Tensor,
+    right: Tensor,
+    panel: Tensor,
+    factor: Tensor,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+    enable_lora: Sequence[bool] = (True,),
 ) -> Tensor:
-    (M, I), J, R = left.shape, right.shape[1], panel.shape[1]
+    (M, I), J, R = left.shape, right.shape[1], len(factor)
     out = left.new_empty((M, J))
     if out.numel() == 0:
         return out
     arguments, block_r = dropout_arguments(dropout), min(rank_block(R), RANK_STEP)
     tile = tiles_for(left.device, left.dtype, I, J, aligned=arguments["ALIGNED"]).linear
+    width = J // len(enable_lora)
+    touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
@@ -200,9 +224,10 @@ def _fused_linear(
         bias, 0 if bias is None else bias.stride(0),
         out, *out.stride(),
         inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
-        M=M, J=J, I=I, R=R,
+        M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        RANK_STEPS=triton.cdiv(R, block_r), GROUP_M=GROUP_M, DESCRIPTORS=descriptors, TRANSPOSED=transposed,
+        SLICE_STEPS=touched, RANK_STEPS=triton.cdiv(R, block_r), GROUP_M=GROUP_M,
+        DESCRIPTORS=descriptors, TRANSPOSED=transposed,
         EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -211,9 +236,11 @@ def _fused_linear(
     return out
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, xa: Tensor, lora_B: Tensor) -> Tensor:
-    """y [M, N] of x [M, K], weight [N, K], bias [N], the panel xa [M, R] and lora_B [N, R]."""
-    return _fused_linear(x, weight.T, xa, lora_B.T, bias, None)
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, xa: Tensor, lora_B: Tensor, enable_lora: Sequence[bool] = (True,)
+) -> Tensor:
+    """y [M, N] of x [M, K], weight [N, K], bias [N], and the panel xa and lora_B of each enabled slice."""
+    return _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora)
 
 
 def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, dropout: Dropout | None) -> Tensor:

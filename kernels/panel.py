@@ -1,11 +1,12 @@
 """A panel: panel = scale * (keep * left) @ factor, [M, R], from one read of left.
 
 xa   left x [M, K],  factor a.T [K, R], scale scaling / q, with the mask
-dyb  left dy [M, N], factor b [N, R],   scale scaling,     without
+dyb  left dy [M, N], factor b [N, R],   scale scaling,     without; for each enabled slice, from its columns of dy
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -14,29 +15,37 @@ from torch import Tensor
 
 from ._accumulate import accumulate
 from ._dropout import keep_tile
+from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
 from .launch import Dropout, dropout_arguments, input_precision, stated_work
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    left = args["left_ptr"]
-    flops = 2.0 * args["M"] * args["I"] * args["R"]
-    return stated_work("panel", flops, left, args["factor_ptr"], args["panel_ptr"], dtype=left.dtype)
+    left, factor, panel = args["left_ptr"], args["factor_ptr"], args["panel_ptr"]
+    flops = 2.0 * panel.numel() * args["I"]
+    return stated_work("panel", flops, enabled_columns(left, args), factor, panel, dtype=left.dtype)
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
 def _panel_kernel(
-    left_ptr, stride_lm, stride_li,  # [M, I]
-    factor_ptr, stride_fi, stride_fr,  # [I, R]
-    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    left_ptr, stride_lm, stride_li,  # [M, SLICES * I]
+    factor_ptr, stride_fi, stride_fr,  # [enabled * I, R]
+    panel_ptr, stride_pm, stride_pr,  # [M, enabled * R]
     seed_ptr, threshold, row_offset, column_offset,
     scale,
     M, I, R,
+    SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    ranks = tl.program_id(1) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    if SLICES > 1:
+        e = tl.program_id(1) // rank_blocks
+        left_ptr += enabled_slice(e, SLICES, ENABLED).to(tl.int64) * I * stride_li
+        factor_ptr += e.to(tl.int64) * I * stride_fi
+        panel_ptr += e * R * stride_pr
     left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
     factor_column_ptrs = factor_ptr + ranks[None, :].to(tl.int64) * stride_fr
     first_column = tl.full((), 0, tl.int64) + column_offset
@@ -60,20 +69,29 @@ def _panel_kernel(
     tl.store(panel_ptrs, (acc * scale).to(panel_ptr.dtype.element_ty), mask=in_panel)
 
 
-def panel(left: Tensor, factor: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
-    """[M, R] in left's dtype, of left [M, I] and factor [I, R]; with dropout, 1/q is applied beside scale."""
-    (M, I), R = left.shape, factor.shape[1]
-    out = left.new_empty((M, R))
+def panel(
+    left: Tensor,
+    factor: Tensor,
+    scale: float,
+    dropout: Dropout | None = None,
+    enable_lora: Sequence[bool] = (True,),
+) -> Tensor:
+    """[M, R] in left's dtype, of left [M, I] and factor [I, R]; with dropout, 1/q is applied beside scale.
+
+    With slices: each enabled one's R columns, from its own columns of left and its own rows of factor.
+    """
+    M, I, R, enabled = len(left), left.shape[1] // len(enable_lora), factor.shape[1], sum(enable_lora)
+    out = left.new_empty((M, enabled * R))
     if M == 0:
         return out
     block_r, arguments = rank_block(R), dropout_arguments(dropout)
     tile = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"]).panel[block_r]
-    _panel_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(R, block_r))](
+    _panel_kernel[(triton.cdiv(M, tile.block_m), enabled * triton.cdiv(R, block_r))](
         left, *left.stride(),
         factor, *factor.stride(),
         out, *out.stride(),
         scale=scale if dropout is None else scale / dropout.keep_probability,
-        M=M, I=I, R=R,
+        M=M, I=I, R=R, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,

@@ -50,6 +50,8 @@ def mend() -> None:
         return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    # tl.device_assert is silent without it; there it is a launch option.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
 
 
 class _Watch:

@@ -1,0 +1,112 @@
+"""Adapters in files that carry r, lora_alpha and lora_dropout beside the tensors: safetensors with a header of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .merge import MergingLayer
+from .state import Bias, lora_state_dict
+
+_HEADER = "fused_lora"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How one layer's adapter is to be read. enable_lora: MergedLinear's slices; None for other layers."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    enable_lora: list[bool] | None = None
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], bias: Bias = "none") -> None:
+    """Writes `lora_state_dict(model, bias)` to a safetensors file, with every layer's r, lora_alpha and lora_dropout.
+
+    The file appears under its name when it is whole. Raises ValueError if the model has no LoRA layer.
+    """
+    layers = _lora_layers(model)
+    if not layers:
+        raise ValueError("model has no LoRA layer; expected at least one to save.")
+    header = json.dumps({name: asdict(_config(layer)) for name, layer in layers.items()})
+    # A copy each: safetensors refuses tensors that share storage.
+    tensors = {key: tensor.clone().contiguous() for key, tensor in lora_state_dict(model, bias).items()}
+    unfinished = Path(f"{os.fspath(path)}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata={_HEADER: header})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def adapter_configs(path: str | os.PathLike[str]) -> dict[str, AdapterConfig]:
+    """By layer name, what `save_adapter` wrote beside the tensors.
+
+    Raises ValueError if the file was not written by `save_adapter`, and OSError if it cannot be read.
+    """
+    return _read(path)[0]
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads a file of `save_adapter` into a model with the same LoRA layers: tensors, lora_alpha and scaling.
+
+    A merged layer is merged anew. lora_dropout is left as the model has it. Raises ValueError, before anything is
+    changed, if the file's layers, ranks, slices, names or shapes are not the model's.
+    """
+    configs, tensors = _read(path)
+    layers, state = _lora_layers(model), model.state_dict()
+    for name in configs.keys() ^ layers.keys():
+        where = "the file" if name in configs else "model"
+        raise ValueError(f"Layer {name!r} is in {where} alone; expected the same LoRA layers in both.")
+    for name, layer in layers.items():
+        mine, theirs = _config(layer), configs[name]
+        if (mine.r, mine.enable_lora) != (theirs.r, theirs.enable_lora):
+            raise ValueError(
+                f"Layer {name!r} of model has r={mine.r} and enable_lora={mine.enable_lora}; expected the file's "
+                f"r={theirs.r} and enable_lora={theirs.enable_lora}."
+            )
+    for key in lora_state_dict(model):
+        if key not in tensors:
+            raise ValueError(f"The file has no {key!r}; expected every adapter tensor of model.")
+    for key, tensor in tensors.items():
+        if key not in state or state[key].shape != tensor.shape:
+            held = f"shape {tuple(state[key].shape)}" if key in state else "no such entry"
+            raise ValueError(f"The file has {key!r} of shape {tuple(tensor.shape)}; model has {held}.")
+    for name, layer in layers.items():
+        layer.lora_alpha = configs[name].lora_alpha
+        layer.scaling = layer.lora_alpha / layer.r
+    model.load_state_dict(tensors, strict=False)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, MergingLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MergingLayer) and module._has_adapter
+    }
+
+
+def _config(layer: MergingLayer) -> AdapterConfig:
+    dropout = layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
+    return AdapterConfig(layer.r, layer.lora_alpha, dropout, getattr(layer, "enable_lora", None))
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, AdapterConfig], dict[str, Tensor]]:
+    foreign = f"{os.fspath(path)!r} was not written by save_adapter; expected safetensors with its header."
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if header is None:
+            raise ValueError(foreign)
+        return {name: AdapterConfig(**config) for name, config in json.loads(header).items()}, tensors
+    except (SafetensorError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(foreign) from error

@@ -1,0 +1,94 @@
+"""The LoRA embedding's ops: y = weight[indices] + scaling * lora_A[:, indices].T @ lora_B.T, and its gradients.
+
+indices [M] contiguous, weight [V, D], lora_A [R, V], lora_B [D, R], y and dy [M, D]; see reference.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import make_differentiable, path_of, register, without_autocast
+
+_ARGUMENTS = (
+    "Tensor indices, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, SymInt padding_idx, "
+    "bool scale_grad_by_freq, bool sparse, str backend"
+)
+
+
+def _forward(
+    indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *options: Any
+) -> tuple[Tensor, Tensor]:
+    path = path_of("embedding", options[-1], weight, lora_A.dtype)
+    y_xa: tuple[Tensor, Tensor] = path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)
+    return y_xa
+
+
+def _inference(*arguments: Any) -> Tensor:
+    return _forward(*arguments)[0]
+
+
+def _fake_inference(indices: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return weight.new_empty((indices.shape[0], weight.shape[1]))
+
+
+def _fake_forward(indices: Tensor, weight: Tensor, lora_A: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake_inference(indices, weight), weight.new_empty((indices.shape[0], lora_A.shape[0]))
+
+
+class _LoRAEmbedding(torch.autograd.Function):
+    """Saves the indices, the panel xa and lora_B, as far as the wanted gradients read them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        indices: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+        sparse: bool,
+        backend: str,
+    ) -> Tensor:
+        _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
+        y, xa = torch.ops.fused_lora.lora_embedding_forward(
+            indices, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse, backend
+        )
+        ctx.save_for_backward(
+            indices if wants_da or wants_dw else None, lora_B if wants_da else None, xa if wants_db else None
+        )
+        ctx.lookup = weight.shape[0], padding_idx, scale_grad_by_freq
+        ctx.sparse = sparse
+        ctx.panel_arguments = [True], scaling, lora_A.dtype, backend
+        ctx.adapter_dtype = lora_A.dtype
+        ctx.set_materialize_grads(False)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 9
+        indices, lora_B, xa = ctx.saved_tensors
+        _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
+        dw = da = db = None
+        with without_autocast(dy.device.type):
+            if wants_da or wants_db:
+                dyb, db = torch.ops.fused_lora.lora_linear_grad_panels(dy, lora_B, xa, *ctx.panel_arguments)
+            if wants_da:
+                # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
+                # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
+                wide = dyb.to(torch.promote_types(dyb.dtype, torch.float32))
+                da = torch.ops.aten.embedding_dense_backward(wide, indices, *ctx.lookup).T.to(ctx.adapter_dtype)
+            if wants_dw:
+                dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
+        return None, dw, da, db if wants_db else None, *(None,) * 5
+
+
+register(f"lora_embedding({_ARGUMENTS}) -> Tensor", _inference, _fake_inference)
+register(f"lora_embedding_forward({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
+make_differentiable("lora_embedding", _LoRAEmbedding)

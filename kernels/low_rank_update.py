@@ -1,0 +1,103 @@
+"""Rows of a matrix with a low-rank update, in one kernel: out[m] = base[i] + scale * left[i] @ right, i = index[m].
+
+effective weight  w + scaling * b @ a            base w [N, K],   left b [N, R],   right a [R, K],   no index: i = m
+embedding         w[t] + scaling * a[:, t] @ b.T  base w [V, D],   left a.T [V, R], right b.T [R, D], index the tokens
+
+The update is summed in float32 whatever the dtypes, so that a merged weight is rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import tiles_for
+from .launch import stated_work
+
+RANK_STEP = 16
+
+
+def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    out, panel, R = args["out_ptr"], args["panel_ptr"], args["R"]
+    left = out.new_empty((len(out), R), device="meta", dtype=args["left_ptr"].dtype)
+    tensors = (args["index_ptr"], out, left, args["right_ptr"], panel, out)
+    return stated_work("low_rank_update", 2.0 * out.numel() * R, *tensors, dtype=out.dtype)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["M"])
+def _low_rank_update_kernel(
+    base_ptr, stride_bv, stride_bj,  # [V, J]
+    left_ptr, stride_lv, stride_lr,  # [V, R]
+    right_ptr, stride_rr, stride_rj,  # [R, J]
+    index_ptr,  # [M], or None
+    out_ptr, stride_om, stride_oj,  # [M, J]
+    panel_ptr, stride_pm, stride_pr,  # scale * left[index], [M, R], or None
+    scale,
+    M, J, R, V,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    outs = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+    in_rows, in_columns = outs < M, columns < J
+    if index_ptr is None:
+        rows = outs
+    else:
+        rows = tl.load(index_ptr + outs, mask=in_rows, other=0).to(tl.int64)
+        tl.device_assert((rows >= 0) & (rows < V), "index out of range in fused_lora's embedding")
+    acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R).to(tl.int64)
+        in_left = in_rows[:, None] & (ranks[None, :] < R)
+        left = tl.load(left_ptr + rows[:, None] * stride_lv + ranks[None, :] * stride_lr, mask=in_left, other=0.0)
+        right_ptrs = right_ptr + ranks[:, None] * stride_rr + columns[None, :] * stride_rj
+        right = tl.load(right_ptrs, mask=(ranks[:, None] < R) & in_columns[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        if panel_ptr is not None:
+            panel_ptrs = panel_ptr + outs[:, None] * stride_pm + ranks[None, :] * stride_pr
+            first = in_left & (tl.program_id(1) == 0)
+            tl.store(panel_ptrs, (left.to(tl.float32) * scale).to(panel_ptr.dtype.element_ty), mask=first)
+    inside = in_rows[:, None] & in_columns[None, :]
+    base = tl.load(base_ptr + rows[:, None] * stride_bv + columns[None, :] * stride_bj, mask=inside, other=0.0)
+    out_ptrs = out_ptr + outs[:, None] * stride_om + columns[None, :] * stride_oj
+    tl.store(out_ptrs, (base.to(tl.float32) + acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    base: Tensor, left: Tensor, right: Tensor, scale: float, index: Tensor | None, panel: Tensor | None
+) -> Tensor:
+    (V, J), R = base.shape, left.shape[1]
+    out = base.new_empty((V if index is None else len(index), J))
+    if out.numel() > 0:
+        tile = tiles_for(out.device, out.dtype).update
+        grid = (triton.cdiv(len(out), tile.block_m), triton.cdiv(J, tile.block_j))
+        _low_rank_update_kernel[grid](
+            base, *base.stride(),
+            left, *left.stride(),
+            right, *right.stride(),
+            index,
+            out, *out.stride(),
+            panel, *((0, 0) if panel is None else panel.stride()),
+            scale=scale,
+            M=len(out), J=J, R=R, V=V,
+            BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_R=RANK_STEP,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            debug=index is not None, sanitize_overflow=False,
+        )  # fmt: skip
+    return out
+
+
+def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """weight [N, K] + scaling * lora_B [N, R] @ lora_A [R, K], in weight's dtype."""
+    return _launch(weight, lora_B, lora_A, scaling, None, None)
+
+
+def embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """y [M, D] and its panel xa [M, R], both in weight's dtype, of indices [M] contiguous, weight [V, D].
+
+    lora_A is [R, V] and lora_B [D, R]. An index out of range stops the device, as in torch.
+    """
+    xa = weight.new_empty((len(indices), len(lora_A)))
+    return _launch(weight, lora_A.T, lora_B.T, scaling, indices, xa), xa
