@@ -1,4 +1,4 @@
-"""Measuring on a GPU: CUDA-graph replays, in shuffled order, in the state that a training loop lives in.
+"""Measuring on a GPU: in shuffled order, in the state that a training loop lives in, as CUDA graphs where they work.
 
 Under load a large GPU runs at its power limit and lowers its clock; after an idle moment it is faster for a while.
 `sustained` warms every candidate up for half a window and shuffles the order each round, so that nobody profits from
@@ -50,35 +50,37 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_ms(graph: torch.cuda.CUDAGraph, times: int) -> float:
+def run_ms(call: Callable[[], object], times: int) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(times):
-        graph.replay()
+        call()
     stop.record()
     stop.synchronize()
     return float(start.elapsed_time(stop)) / times
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Times every step, in sustained state and in bursts."""
-    graphs = {name: capture(step) for name, step in steps.items()}
-    counts = {name: max(2, round(WINDOW_MS / replay_ms(graph, 3))) for name, graph in graphs.items()}
+def measure(steps: dict[str, Callable[[], object]], rounds: int = ROUNDS, *, graphs: bool = True) -> dict[str, Timing]:
+    """Times every step, in sustained state and in bursts; as a CUDA graph, or as it is called."""
+    calls = {name: capture(step).replay if graphs else step for name, step in steps.items()}
+    for call in calls.values():
+        run_ms(call, 2)
+    counts = {name: max(2, round(WINDOW_MS / run_ms(call, 3))) for name, call in calls.items()}
     timings = {name: Timing() for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            replay_ms(graphs[name], max(1, counts[name] // 2))
-            timings[name].sustained.append(replay_ms(graphs[name], counts[name]))
+            run_ms(calls[name], max(1, counts[name] // 2))
+            timings[name].sustained.append(run_ms(calls[name], counts[name]))
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             torch.cuda.synchronize()
             time.sleep(0.1)
-            replay_ms(graphs[name], 1)
-            timings[name].burst.append(replay_ms(graphs[name], 3))
+            run_ms(calls[name], 1)
+            timings[name].burst.append(run_ms(calls[name], 3))
     return timings
 
 

@@ -159,11 +159,10 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
         )
     _check_factors(weight, lora_A, lora_B, (columns, rows))
     _check_scaling(scaling)
-    matrix = weight if weight.dim() == 2 else weight.reshape(rows, columns)
     effective: Tensor = torch.ops.fused_lora.lora_effective_weight(
-        matrix, lora_A, lora_B, float(scaling), requested_backend()
+        weight, lora_A, lora_B, float(scaling), requested_backend()
     )
-    return effective if weight.dim() == 2 else effective.view(weight.shape)
+    return effective
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

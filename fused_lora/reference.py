@@ -97,7 +97,8 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
 
 def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """factor * left @ right, rounded once."""
-    return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
+    # With beta=0 the first argument is not read.
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
 
 
 def _masked(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:

@@ -1,6 +1,7 @@
-"""The op of a weight with its adapter added, as convolutions use it and merging: weight + scaling * lora_B @ lora_A.
+"""The op of a weight with its adapter added, as convolutions and merging use it: weight + scaling * lora_B @ lora_A.
 
-Two-dimensional: weight [N, K], lora_A [R, K], lora_B [N, R], g [N, K] the gradient of the sum.
+lora_A [R, K], lora_B [N, R]; weight and g, the gradient of the sum, are [N, K], or a convolution's weight that has the
+elements of such a matrix in the same order.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from .reference import product
 
 def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     path = path_of("effective_weight", backend, weight, lora_A.dtype)
-    effective: Tensor = path.effective_weight(weight, lora_A, lora_B, scaling=scaling)
-    return effective
+    matrix = _as_matrix(weight, lora_A, lora_B)
+    effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
+    return effective if matrix is weight else effective.view(weight.shape)
+
+
+def _as_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return weight if weight.dim() == 2 else weight.reshape(lora_B.shape[0], lora_A.shape[1])
 
 
 def _fake(weight: Tensor, *arguments: Any) -> Tensor:
@@ -31,7 +37,7 @@ class _EffectiveWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
         _, wants_da, wants_db = ctx.needs_input_grad[:3]
         ctx.save_for_backward(lora_A if wants_db else None, lora_B if wants_da else None)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.matrix = scaling, (lora_B.shape[0], lora_A.shape[1])
         ctx.set_materialize_grads(False)
         effective: Tensor = torch.ops.fused_lora.lora_effective_weight(weight, lora_A, lora_B, scaling, backend)
         return effective
@@ -43,11 +49,12 @@ class _EffectiveWeight(torch.autograd.Function):
             return (None,) * 5
         lora_A, lora_B = ctx.saved_tensors
         da = db = None
+        matrix = g if g.dim() == 2 else g.reshape(ctx.matrix)
         with without_autocast(g.device.type):
             if lora_B is not None:
-                da = product(lora_B.T, g.to(lora_B.dtype), ctx.scaling)
+                da = product(lora_B.T, matrix.to(lora_B.dtype), ctx.scaling)
             if lora_A is not None:
-                db = product(g.to(lora_A.dtype), lora_A.T, ctx.scaling)
+                db = product(matrix.to(lora_A.dtype), lora_A.T, ctx.scaling)
         return g if ctx.needs_input_grad[0] else None, da, db, None, None
 
 

@@ -20,7 +20,7 @@ from ._accumulate import accumulate
 from ._dropout import keep_tile
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
-from .launch import Dropout, dropout_arguments, input_precision, stated_work
+from .launch import Dropout, cdiv, dropout_arguments, input_precision, stated_work
 from .panel import panel as compute_panel
 from .reduce import reduce
 
@@ -114,10 +114,10 @@ def _launch(
     block_r, arguments = rank_block(R), dropout_arguments(dropout)
     tiles = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"])
     tile = tiles.adapter_grad[block_r]
-    grid_i, grid_r = triton.cdiv(I, tile.block_i), triton.cdiv(R, block_r)
-    steps = triton.cdiv(M, tile.block_m)
-    rows = tile.block_m * triton.cdiv(steps, min(steps, max(1, tiles.programs // (enabled * grid_i * grid_r))))
-    splits = triton.cdiv(M, rows)
+    grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, block_r)
+    steps = cdiv(M, tile.block_m)
+    rows = tile.block_m * cdiv(steps, min(steps, max(1, tiles.programs // (enabled * grid_i * grid_r))))
+    splits = cdiv(M, rows)
     shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
     grad = left.new_empty(shape, dtype=torch.float32)
     strides = grad.stride() if not transposed else (grad.stride(0), grad.stride(2), grad.stride(1))

@@ -23,7 +23,7 @@ from ._accumulate import accumulate
 from ._dropout import keep_tile
 from ._slices import enabled_before, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
-from .launch import Dropout, dropout_arguments, input_precision, stated_work
+from .launch import Dropout, cdiv, dropout_arguments, input_precision, stated_work
 
 GROUP_M = 8
 # More would not fit in registers beside the tile.
@@ -116,21 +116,18 @@ def _fused_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     if seed_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
-        if SLICES == 1:
-            first, last = tl.full((), 0, tl.int32), 1
-        else:
-            first = enabled_before(first_column.to(tl.int32) // WIDTH, SLICES, ENABLED)
-            last_column = tl.minimum(first_column.to(tl.int32) + BLOCK_J, J) - 1
-            last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+        last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
+        first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
+        last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
         for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
             e = first + step // RANK_STEPS
-            slice = enabled_slice(e, SLICES, ENABLED) if SLICES > 1 else e
+            slice = enabled_slice(e, SLICES, ENABLED)
             acc = _add_ranks(
                 acc,
                 panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
                 factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
                 rows, columns, step % RANK_STEPS * BLOCK_R,
-                M, slice * WIDTH, tl.where(e < last, (slice + 1) * WIDTH, 0), R, BLOCK_R, PRECISION,
+                M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
             )  # fmt: skip
     if DESCRIPTORS:
         for start in range(0, I, BLOCK_I):
@@ -216,7 +213,7 @@ def _fused_linear(
         block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
         left_argument = TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i])
         right_argument = TensorDescriptor.from_tensor(rows_of_right, block)
-    _fused_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(J, tile.block_j),)](
+    _fused_linear_kernel[(cdiv(M, tile.block_m) * cdiv(J, tile.block_j),)](
         left_argument, *left.stride(),
         right_argument, *right.stride(),
         panel, *panel.stride(),
@@ -226,7 +223,7 @@ def _fused_linear(
         inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
         M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        SLICE_STEPS=touched, RANK_STEPS=triton.cdiv(R, block_r), GROUP_M=GROUP_M,
+        SLICE_STEPS=touched, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
         DESCRIPTORS=descriptors, TRANSPOSED=transposed,
         EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import tiles_for
-from .launch import stated_work
+from .launch import cdiv, stated_work
 
 RANK_STEP = 16
 
@@ -57,8 +57,9 @@ def _low_rank_update_kernel(
         acc = tl.dot(left, right, acc, input_precision="ieee")
         if panel_ptr is not None:
             panel_ptrs = panel_ptr + outs[:, None] * stride_pm + ranks[None, :] * stride_pr
-            first = in_left & (tl.program_id(1) == 0)
-            tl.store(panel_ptrs, (left.to(tl.float32) * scale).to(panel_ptr.dtype.element_ty), mask=first)
+            # The first tile of columns stores it for all of them.
+            in_panel = (outs < tl.where(tl.program_id(1) == 0, M, 0))[:, None] & (ranks[None, :] < R)
+            tl.store(panel_ptrs, (left.to(tl.float32) * scale).to(panel_ptr.dtype.element_ty), mask=in_panel)
     inside = in_rows[:, None] & in_columns[None, :]
     base = tl.load(base_ptr + rows[:, None] * stride_bv + columns[None, :] * stride_bj, mask=inside, other=0.0)
     out_ptrs = out_ptr + outs[:, None] * stride_om + columns[None, :] * stride_oj
@@ -70,9 +71,9 @@ def _launch(
 ) -> Tensor:
     (V, J), R = base.shape, left.shape[1]
     out = base.new_empty((V if index is None else len(index), J))
-    if out.numel() > 0:
+    if len(out) > 0:
         tile = tiles_for(out.device, out.dtype).update
-        grid = (triton.cdiv(len(out), tile.block_m), triton.cdiv(J, tile.block_j))
+        grid = (cdiv(len(out), tile.block_m), max(1, cdiv(J, tile.block_j)))
         _low_rank_update_kernel[grid](
             base, *base.stride(),
             left, *left.stride(),

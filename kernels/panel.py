@@ -17,7 +17,7 @@ from ._accumulate import accumulate
 from ._dropout import keep_tile
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
-from .launch import Dropout, dropout_arguments, input_precision, stated_work
+from .launch import Dropout, cdiv, dropout_arguments, input_precision, stated_work
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def panel(
         return out
     block_r, arguments = rank_block(R), dropout_arguments(dropout)
     tile = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"]).panel[block_r]
-    _panel_kernel[(triton.cdiv(M, tile.block_m), enabled * triton.cdiv(R, block_r))](
+    _panel_kernel[(cdiv(M, tile.block_m), enabled * cdiv(R, block_r))](
         left, *left.stride(),
         factor, *factor.stride(),
         out, *out.stride(),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import stated_work
+from .launch import cdiv, stated_work
 
 BLOCK = 1024
 
@@ -41,7 +41,7 @@ def reduce(partials: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """partials: float32 [splits, *shape], contiguous; returns [*shape] in dtype."""
     out = partials.new_empty(partials.shape[1:], dtype=dtype)
     if out.numel() > 0:
-        _reduce_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        _reduce_kernel[(cdiv(out.numel(), BLOCK),)](
             partials,
             out,
             scale,

@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from fused_lora import fused
-from fused_lora.kernels import adapter_grad, config, fused_linear, panel
+from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, panel
 from fused_lora.reference import Dropout
 
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
@@ -58,6 +58,7 @@ class Case:
     shape: tuple[int, int, int] = (8192, 4096, 4096)
     tf32: bool = False
     fan_in_fan_out: bool = False
+    enable_lora: tuple[bool, ...] = (True,)
 
 
 CASES = [
@@ -71,6 +72,10 @@ CASES = [
     Case("float32", "float32", 16, dropout=True),
     Case("float32", "float32", 64, dropout=True, tf32=True),
     Case("float32", "float32", 100, dropout=True, column_offset=5, shape=(37, 53, 41)),
+    # Slices that tiles do not cross, and slices that they do.
+    Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
+    Case("bfloat16", "float32", 64, shape=(8192, 1600, 4800), enable_lora=(True, True, True), fan_in_fan_out=True),
+    Case("float32", "float32", 8, shape=(37, 53, 123), enable_lora=(False, True, True)),
 ]
 
 
@@ -100,19 +105,26 @@ def compile_case(case: Case) -> None:
     x, dy = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
     weight = torch.empty(k, n, dtype=dtype).T if case.fan_in_fan_out else torch.empty(n, k, dtype=dtype)
     bias = torch.empty(n, dtype=dtype)
-    lora_A, lora_B = torch.empty(case.r, k, dtype=adapter_dtype), torch.empty(n, case.r, dtype=adapter_dtype)
+    enabled, rows = sum(case.enable_lora), n // len(case.enable_lora) * sum(case.enable_lora)
+    lora_A = torch.empty(enabled * case.r, k, dtype=adapter_dtype)
+    lora_B = torch.empty(rows, case.r, dtype=adapter_dtype)
     seed = torch.zeros(1, dtype=torch.int64)
     dropout = Dropout(seed, 6554, column_offset=case.column_offset) if case.dropout else None
-    _, xa = fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=dropout)
-    dyb, _ = fused.grad_panels(dy, lora_B, xa, scaling=2.0, dtype=adapter_dtype)
+    slices = {"scaling": 2.0, "enable_lora": case.enable_lora}
+    _, xa = fused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
+    dyb, _ = fused.grad_panels(dy, lora_B, xa, dtype=adapter_dtype, **slices)
     assert dyb is not None
     fused.grad_input(dy, weight, dyb, lora_A, dropout=dropout)
     fused.grad_lora_A(dyb, x, dropout=dropout, dtype=adapter_dtype)
+    if case.enable_lora == (True,):
+        fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)
+        tokens = torch.zeros(m, dtype=torch.int64)
+        fused.embedding(tokens, weight, lora_B.T.contiguous(), lora_A.T.contiguous(), scaling=2.0)
 
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
-    for module in (fused_linear, panel, adapter_grad):
+    for module in (fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
     launch, seen, current = JITFunction.run, set(), [CASES[0]]
 
@@ -121,10 +133,12 @@ def main(capability: int) -> None:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             sass = kernel.asm["sass"]
+            name, dtype = self.fn.__name__, "tf32" if current[0].tf32 else current[0].dtype
             report = {
-                "kernel": self.fn.__name__,
+                "kernel": name,
                 "case": str(current[0]),
-                "dtype": "tf32" if current[0].tf32 else current[0].dtype,
+                # A low-rank update multiplies in the adapter's dtype, and float32 exactly.
+                "dtype": current[0].adapter_dtype if name == "_low_rank_update_kernel" else dtype,
                 "regular": current[0].dtype != "float32" and all(size % 16 == 0 for size in current[0].shape),
                 **assembler_report(kernel.asm["ptx"], capability),
                 "shared": kernel.metadata.shared,

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed, so there
 
 import fused_lora.reference as reference  # noqa: E402
 from fused_lora import fused  # noqa: E402
-from fused_lora.kernels import adapter_grad, config, fused_linear, panel, reduce  # noqa: E402
+from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, panel, reduce  # noqa: E402
 from fused_lora.reference import Dropout, dropout_threshold  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
@@ -22,16 +22,20 @@ SHAPES = [(37, 53, 41, 5), (33, 64, 72, 16), (65, 24, 136, 33), (1, 1, 1, 1), (1
 def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     m, k, n, r = shape
     sizes = {"x": (m, k), "weight": (n, k), "lora_A": (r, k), "lora_B": (n, r), "dy": (m, n), "bias": (n,)}
-    return {name: torch.randn(*size, device=device).to(dtype) for name, size in sizes.items()}
+    drawn = {name: torch.randn(*size, device=device).to(dtype) for name, size in sizes.items()}
+    return drawn | {"tokens": torch.arange(m if n else 0, device=device) * 7 % max(1, n)}
 
 
 def run_all(module, t: dict[str, torch.Tensor], dropout: Dropout | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every function of fused.py or reference.py on one problem."""
+    """Every function of fused.py or reference.py on one problem; lora_A and lora_B.T serve as an embedding's, too."""
     y, xa = module.forward(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], scaling=0.5, dropout=dropout)
     dyb, db = module.grad_panels(t["dy"], t["lora_B"], xa, scaling=0.5, dtype=dtype)
     dx = module.grad_input(t["dy"], t["weight"], dyb, t["lora_A"], dropout=dropout)
     da = module.grad_lora_A(dyb, t["x"], dropout=dropout, dtype=dtype)
-    return {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da}
+    effective = module.effective_weight(t["weight"], t["lora_A"], t["lora_B"], scaling=0.5)
+    embedded, panel = module.embedding(t["tokens"], t["weight"], t["lora_B"].T, t["lora_A"].T, scaling=0.5)
+    linear = {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da}
+    return linear | {"effective weight": effective, "embedded": embedded, "embedding's panel": panel}
 
 
 @interpreted
@@ -46,8 +50,9 @@ def test_touches_only_its_arguments_and_writes_every_element_once(shape, dtype: 
     dropout = Dropout(torch.tensor([1]), dropout_threshold(p)) if p > 0 else None
     with checked_addresses() as counts:
         results = run_all(fused, t, dropout, dtype)
-    # xa, y, dx; partial dyb and db with their two reductions, or a panel and one more; da with its reduction.
-    assert counts["launches"] >= 7
+    # xa, y, dx; partial dyb and db with their two reductions, or a panel and one more; da with its reduction; two
+    # low-rank updates.
+    assert counts["launches"] >= 9
     assert not [name for name, value in results.items() if value.isnan().any()]
 
 
@@ -119,7 +124,7 @@ def test_mask_keeps_a_lane_equal_to_the_threshold(
 def test_each_launcher_is_as_accurate_as_the_reference(device: str, dtype: torch.dtype, shape) -> None:
     t = tensors(shape, dtype, device)
     dropout = Dropout(torch.tensor([5], device=device), dropout_threshold(0.2))
-    wide = {name: value.double() for name, value in t.items()}
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
     exact = run_all(reference, wide, dropout, torch.float64)
     same_dtype, actual = run_all(reference, t, dropout, dtype), run_all(fused, t, dropout, dtype)
     for name, value in actual.items():
@@ -171,8 +176,21 @@ def test_kernels_state_their_work() -> None:
     work = fused_linear._work(None, None, arguments | {"M": 8, "J": 32, "I": 64, "R": 4})
     assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * 32
     assert work["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * (8 * 4 + 4 * 32)
-    work = panel._work(None, None, {"left_ptr": x, "factor_ptr": xa, "panel_ptr": out, "M": 8, "I": 64, "R": 4})
-    assert work["flops16"] == 2 * 8 * 64 * 4
+    # Two of three slices of 64 columns, which are all that is read.
+    left, xa = torch.empty(8, 192, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.bfloat16)
+    b = torch.empty(128, 4)
+    arguments = {"left_ptr": left, "factor_ptr": b, "panel_ptr": xa, "M": 8, "I": 64, "R": 4, "ENABLED": 0b101}
+    work = panel._work(None, None, arguments)
+    assert work["flops16"] == 2 * 8 * 128 * 4
+    assert work["bytes"] == 2 * 8 * 128 + 4 * 128 * 4 + 2 * 8 * 8
+    arguments |= {"panel_ptr": xa, "grad_ptr": torch.empty(3, 128, 4), "product_ptr": torch.empty(2, 8, 8)}
+    work = adapter_grad._work(None, None, arguments)
+    assert work["flops16"] == 2 * (2 * 8 * 128 * 4)
+    weight, index = torch.empty(50, 16), torch.empty(8, dtype=torch.int64)
+    arguments = {"index_ptr": index, "out_ptr": weight[:8], "left_ptr": torch.empty(50, 4), "panel_ptr": None, "R": 4}
+    work = low_rank_update._work(None, None, arguments | {"right_ptr": torch.empty(4, 16)})
+    assert work["flops32"] == 2 * 8 * 16 * 4
+    assert work["bytes"] == 8 * 8 + 4 * (8 * 16 + 8 * 4 + 4 * 16 + 8 * 16)
 
 
 def test_tables_are_complete_frozen_and_safe_for_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
