@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,18 +21,34 @@ _HEADER = "fused_lora"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How one layer's adapter is to be read. enable_lora: MergedLinear's slices; None for other layers."""
+    """How one layer's adapter is to be read. enable_lora: MergedLinear's slices; None for other layers.
+
+    Raises ValueError for a field of another type or out of its range.
+    """
 
     r: int
     lora_alpha: float
     lora_dropout: float
     enable_lora: list[bool] | None = None
 
+    def __post_init__(self) -> None:
+        fields = {
+            "r": type(self.r) is int and self.r > 0,
+            "lora_alpha": type(self.lora_alpha) in (int, float) and math.isfinite(self.lora_alpha),
+            "lora_dropout": type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout <= 1,
+            "enable_lora": self.enable_lora is None
+            or (type(self.enable_lora) is list and all(type(on) is bool for on in self.enable_lora)),
+        }
+        for name, valid in fields.items():
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected what a LoRA layer takes.")
+
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], bias: Bias = "none") -> None:
     """Writes `lora_state_dict(model, bias)` to a safetensors file, with every layer's r, lora_alpha and lora_dropout.
 
-    The file appears under its name when it is whole. Raises ValueError if the model has no LoRA layer.
+    The file appears under its name when it is whole. Raises ValueError if the model has no LoRA layer, and OSError if
+    the file cannot be written.
     """
     layers = _lora_layers(model)
     if not layers:
@@ -43,6 +60,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], bias: Bias = "n
     try:
         save_file(tensors, unfinished, metadata={_HEADER: header})
         unfinished.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)!r} could not be written: {error}.") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -76,7 +95,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for key in lora_state_dict(model):
         if key not in tensors:
             raise ValueError(f"The file has no {key!r}; expected every adapter tensor of model.")
+    adapter = lora_state_dict(model, "all")
     for key, tensor in tensors.items():
+        if key in state and key not in adapter:
+            raise ValueError(f"The file has {key!r}; expected adapters and biases alone.")
         if key not in state or state[key].shape != tensor.shape:
             held = f"shape {tuple(state[key].shape)}" if key in state else "no such entry"
             raise ValueError(f"The file has {key!r} of shape {tuple(tensor.shape)}; model has {held}.")
@@ -103,10 +125,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, AdapterConfig], dict[
     foreign = f"{os.fspath(path)!r} was not written by save_adapter; expected safetensors with its header."
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
+            header = (file.metadata() or {}).get(_HEADER, "")
             tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if header is None:
-            raise ValueError(foreign)
-        return {name: AdapterConfig(**config) for name, config in json.loads(header).items()}, tensors
-    except (SafetensorError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        configs = {name: AdapterConfig(**config) for name, config in json.loads(header).items()}
+        return configs, tensors
+    except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(foreign) from error

@@ -82,24 +82,18 @@ class ConvLoRA(MergingLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: as conv takes it. Raises what conv raises, and TypeError for dtypes that do not go together."""
         if self.merged or not self._has_adapter:
-            self._warn_if_training_merged()
+            self._check_merged()
             return self.conv(x)  # type: ignore[no-any-return]
         if dropout_in_force(self.lora_dropout) == 0:
             return self._convolve(x, self._with_adapter(self.conv.weight), self.conv.bias)
         update = self._with_adapter(torch.zeros_like(self.conv.weight, requires_grad=False))
         return self.conv(x) + self._convolve(self.lora_dropout(x), update, None)  # type: ignore[no-any-return]
 
-    def _with_adapter(self, weight: Tensor) -> Tensor:
-        return effective_weight(weight, self.lora_A, self.lora_B, scaling=self.scaling)
+    def _with_adapter(self, base: Tensor) -> Tensor:
+        return effective_weight(base, self.lora_A, self.lora_B, scaling=self.scaling)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.conv._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """A new tensor: the base weight with the adapter, summed in float32 and rounded once to the base's dtype."""
-        base = self.base_weight.detach()
-        return self._with_adapter(base) if self._has_adapter else base.clone()
 
     def _load_from_state_dict(
         self,

@@ -72,8 +72,8 @@ class Embedding(MergingLayer, nn.Embedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: integers of any shape to (*x.shape, embedding_dim); see `functional.lora_embedding` for the errors."""
-        if self._base:
-            self._warn_if_training_merged()
+        if self._kept is not None:
+            self._check_merged()
             return nn.functional.embedding(x, self.weight)
         if not self._has_adapter:
             return nn.Embedding.forward(self, x)
@@ -90,16 +90,12 @@ class Embedding(MergingLayer, nn.Embedding):
             sparse=self.sparse,
         )
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """A new tensor: the base weight, renormalised where max_norm asks, with the adapter; rounded once."""
-        base = self.base_weight.detach()
+    def _with_adapter(self, base: Tensor) -> Tensor:
         if self.max_norm is not None:
+            # What lookups would make of the rows.
             base = base.clone()
             every_row = torch.arange(self.num_embeddings, device=base.device)
             torch.embedding_renorm_(base, every_row, self.max_norm, self.norm_type)
-        if not self._has_adapter:
-            return base.clone()
         return effective_weight(base, self.lora_B.T, self.lora_A.T, scaling=self.scaling)
 
     def extra_repr(self) -> str:

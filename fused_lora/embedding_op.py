@@ -22,7 +22,9 @@ def _forward(
     indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *options: Any
 ) -> tuple[Tensor, Tensor]:
     path = path_of("embedding", options[-1], weight, lora_A.dtype)
-    y_xa: tuple[Tensor, Tensor] = path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)
+    # F.embedding is not autocast either.
+    with without_autocast(weight.device.type):
+        y_xa: tuple[Tensor, Tensor] = path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)
     return y_xa
 
 

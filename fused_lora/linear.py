@@ -64,7 +64,7 @@ class _SlicedLinear(MergingLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) to (..., out_features), in x's dtype; see `functional.lora_linear` for the errors."""
         if self.merged or not self._has_adapter:
-            self._warn_if_training_merged()
+            self._check_merged()
             return F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         dropout_p = dropout_in_force(self.lora_dropout)
         return lora_linear(
@@ -80,12 +80,9 @@ class _SlicedLinear(MergingLayer, nn.Linear):
             enable_lora=self._slices,
         )
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """A new tensor: the base weight with the adapter, summed in float32 and rounded once to the base's dtype."""
-        base = self.base_weight.T if self.fan_in_fan_out else self.base_weight
-        slices = list(base.detach().tensor_split(len(self._slices)))
-        enabled = [s for s, on in enumerate(self._slices) if on and self._has_adapter]
+    def _with_adapter(self, base: Tensor) -> Tensor:
+        slices = list((base.T if self.fan_in_fan_out else base).tensor_split(len(self._slices)))
+        enabled = [s for s, on in enumerate(self._slices) if on]
         for e, s in enumerate(enabled):
             lora_A, lora_B = (t.tensor_split(len(enabled))[e] for t in (self.lora_A, self.lora_B))
             slices[s] = effective_weight(slices[s], lora_A, lora_B, scaling=self.scaling)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +16,22 @@ from .base import LoRALayer
 _Self = TypeVar("_Self", bound="MergingLayer")
 
 
+@dataclass
+class _Kept:
+    """What a merged layer keeps: the base, and how the merged tensors were when they were merged."""
+
+    base: nn.Parameter
+    requires_grad: bool
+    versions: tuple[int, ...]
+
+
 class MergingLayer(nn.Module, LoRALayer):
     """A LoRA layer that eval() merges and train() unmerges, if merge_weights is True.
 
     Merging puts a parameter of the layer's own in the place of the base weight, which is kept aside and never written:
     unmerging restores its every bit, and modules that share it never see the adapter. state_dict() holds the base in
-    either mode; casting, moving and loading act on the base and the adapter, and merge anew.
+    either mode; casting, moving and loading act on the base and the adapter, and merge anew. So does the next forward
+    after any of the three was changed in place while merged, as far as torch counts such changes (not through .data).
 
     merged_base_device: where the base is kept while merged; None leaves it where it is, at the cost of a second weight
         there. With a device, the base parameter's storage is moved: not for a weight that other modules share.
@@ -33,8 +44,7 @@ class MergingLayer(nn.Module, LoRALayer):
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha is {lora_alpha}; expected a finite number.")
-        # The base parameter while merged; in a list, where nn.Module does not register it.
-        self._base: list[nn.Parameter] = []
+        self._kept: _Kept | None = None
         self._merge_after_loading = False
         self.register_state_dict_post_hook(_save_base)
         self.register_load_state_dict_post_hook(_merge_again)
@@ -61,11 +71,16 @@ class MergingLayer(nn.Module, LoRALayer):
     @property
     def base_weight(self) -> nn.Parameter:
         """The weight without the adapter, whether or not the layer is merged."""
-        weight: nn.Parameter = self._base[0] if self._base else self._owner().weight
+        weight: nn.Parameter = self._kept.base if self._kept else self._owner().weight
         return weight
 
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """A new tensor: the base weight with the adapter, summed in float32 and rounded once to the base's dtype."""
+        base = self.base_weight.detach().to(self._owner().weight.device)
+        return self._with_adapter(base) if self._has_adapter else base.clone()
+
+    def _with_adapter(self, base: Tensor) -> Tensor:
         raise NotImplementedError
 
     def train(self: _Self, mode: bool = True) -> _Self:
@@ -82,23 +97,37 @@ class MergingLayer(nn.Module, LoRALayer):
             # Not an inference tensor, even if eval() is called in inference mode.
             with torch.inference_mode(False):
                 owner.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
-            self._base.append(base)
             if self.merged_base_device is not None:
                 base.data = base.data.to(self.merged_base_device)
+            self._kept = _Kept(base, base.requires_grad, self._versions(base))
         self.merged = True
 
     @torch.no_grad()
     def _unmerge(self) -> None:
-        if self._base:
-            owner, base = self._owner(), self._base.pop()
+        if self._kept is not None:
+            owner, base = self._owner(), self._kept.base
             if self.merged_base_device is not None:
                 base.data = base.data.to(owner.weight.device)
-            base.requires_grad = owner.weight.requires_grad
-            owner.weight = base
+            if owner.weight.requires_grad != self._kept.requires_grad:
+                base.requires_grad = owner.weight.requires_grad
+            owner.weight, self._kept = base, None
         self.merged = False
 
-    def _warn_if_training_merged(self) -> None:
-        if not self._base or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def _versions(self, base: Tensor) -> tuple[int, ...]:
+        """How often torch has seen each of the merged tensors change in place; inference tensors are not counted."""
+        tensors = (base, self.lora_A, self.lora_B)
+        return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+    def _check_merged(self) -> None:
+        """Before a merged forward: merges anew what has changed since, and warns if a gradient would be missing."""
+        if self._kept is None or torch.compiler.is_compiling():
+            return
+        versions = self._versions(self._kept.base)
+        if versions != self._kept.versions:
+            with torch.no_grad():
+                self._owner().weight.copy_(self.merged_weight())
+            self._kept.versions = versions
+        if not torch.is_grad_enabled():
             return
         if self.lora_A.requires_grad or self.lora_B.requires_grad or self._owner().weight.requires_grad:
             warnings.warn(
@@ -140,9 +169,9 @@ class MergingLayer(nn.Module, LoRALayer):
 
 def _save_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     assert isinstance(module, MergingLayer)
-    if module._base:
+    if module._kept is not None:
         key = prefix + ("weight" if module._owner() is module else "conv.weight")
-        base = module._base[0]
+        base = module._kept.base
         state_dict[key] = base if isinstance(state_dict[key], nn.Parameter) else base.detach()
 
 

@@ -18,7 +18,9 @@ from .reference import product
 def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     path = path_of("effective_weight", backend, weight, lora_A.dtype)
     matrix = _as_matrix(weight, lora_A, lora_B)
-    effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
+    # A weight keeps its dtype and its precision under autocast; the layer's product is what autocast is about.
+    with without_autocast(weight.device.type):
+        effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
     return effective if matrix is weight else effective.view(weight.shape)
 
 
