@@ -109,7 +109,7 @@ class ConvLoRA(MergingLayer):
             if prefix + name in state_dict:
                 tensor = state_dict.pop(prefix + name)
                 other = state_dict.setdefault(f"{prefix}conv.{name}", tensor)
-                if other is not tensor and not torch.equal(other, tensor):
+                if not _same_bits(other, tensor):
                     error_msgs.append(f"{prefix}{name} and {prefix}conv.{name} differ; expected one tensor.")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -117,6 +117,13 @@ class ConvLoRA(MergingLayer):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}" if self._has_adapter else ""
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a is b or (a.is_meta and b.is_meta):
+        return a.shape == b.shape
+    a, b = (t.detach().cpu().contiguous() for t in (a, b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 class Conv1d(ConvLoRA):

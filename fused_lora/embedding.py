@@ -74,7 +74,9 @@ class Embedding(MergingLayer, nn.Embedding):
         """x: integers of any shape to (*x.shape, embedding_dim); see `functional.lora_embedding` for the errors."""
         if self._kept is not None:
             self._check_merged()
-            return nn.functional.embedding(x, self.weight)
+            # Without max_norm.
+            options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+            return nn.functional.embedding(x, self.weight, *options)
         if not self._has_adapter:
             return nn.Embedding.forward(self, x)
         if self.max_norm is not None:

@@ -90,18 +90,19 @@ class MergingLayer(nn.Module, LoRALayer):
             self._unmerge() if mode else self._merge()
         return self
 
+    # Leaving inference mode, since eval() called there shall not make an inference tensor of the weight.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _merge(self) -> None:
         if self._has_adapter:
             owner, base = self._owner(), self.base_weight
-            # Not an inference tensor, even if eval() is called in inference mode.
-            with torch.inference_mode(False):
-                owner.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
+            owner.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
             if self.merged_base_device is not None:
                 base.data = base.data.to(self.merged_base_device)
             self._kept = _Kept(base, base.requires_grad, self._versions(base))
         self.merged = True
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _unmerge(self) -> None:
         if self._kept is not None:

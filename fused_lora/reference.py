@@ -186,7 +186,7 @@ def embedding(
 
     y = weight[indices] + xa @ lora_B.T, rounded once; xa = scaling * lora_A[:, indices].T. Differentiable, as forward.
     """
-    gathered = lora_A.index_select(1, indices).T
+    gathered = torch.nn.functional.embedding(indices, lora_A.T)
     y = _updated(torch.nn.functional.embedding(indices, weight), gathered, lora_B.T, scaling)
     return y, (gathered * scaling).to(weight.dtype)
 

@@ -70,7 +70,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")
         prefix = f"{owner}." if owner else ""
-        if prefix not in layers and owner.rpartition(".")[2] == "conv" and prefix.removesuffix("conv.") in layers:
+        if prefix not in layers and prefix.removesuffix("conv.") in layers:
             prefix = prefix.removesuffix("conv.")
         if prefix not in layers:
             merged[key] = tensor

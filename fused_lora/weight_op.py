@@ -21,7 +21,11 @@ def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     # A weight keeps its dtype and its precision under autocast; the layer's product is what autocast is about.
     with without_autocast(weight.device.type):
         effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
-    return effective if matrix is weight else effective.view(weight.shape)
+    if matrix is weight:
+        return effective
+    # In weight's memory format, as an elementwise sum would be; a contiguous one costs nothing.
+    effective = effective.view(weight.shape)
+    return effective if weight.is_contiguous() else _fake(weight).copy_(effective)
 
 
 def _as_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ def _as_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def _fake(weight: Tensor, *arguments: Any) -> Tensor:
-    return weight.new_empty(weight.shape)
+    return weight.new_empty(weight.shape) if weight.dim() == 2 else torch.empty_like(weight)
 
 
 class _EffectiveWeight(torch.autograd.Function):

@@ -83,7 +83,11 @@ MUTANTS = (
     ),
     Mutant("xa 2 % too large", REFERENCE, "scaling * inverse_q)", "1.02 * scaling * inverse_q)", TORCH),
     Mutant(
-        "dyb 2 % too large", REFERENCE, "product(piece, factor, scaling)", "product(piece, factor, 1.02 * scaling)", TORCH
+        "dyb 2 % too large",
+        REFERENCE,
+        "product(piece, factor, scaling)",
+        "product(piece, factor, 1.02 * scaling)",
+        TORCH,
     ),
     Mutant(
         "no LoRA term in dx",

@@ -406,6 +406,15 @@ def test_eval_and_train_give_every_weight_its_bits_and_leave_the_tied_head_alone
             assert parameter is parameters[name] and parameter.requires_grad == ("lora_" in name), name
 
 
+def test_an_unmerged_model_trains_in_eval_mode_as_in_train_mode(device: str) -> None:
+    model = fine_tuned(fused_lora, device)
+    expected = first_gradients(model, device)
+    actual = first_gradients(model.eval(), device)
+    assert actual.keys() == expected.keys() and len(actual) == 5
+    for name, gradient in actual.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
 @pytest.mark.parametrize("merge_weights", [False, True])
 def test_validating_between_steps_changes_no_bit_of_training(merge_weights: bool, device: str) -> None:
     runs = []

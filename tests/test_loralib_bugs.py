@@ -232,6 +232,7 @@ def has_one_name_each(lora: ModuleType) -> None:
 @promise("04-a-rebound-weight-is-the-one-that-is-used", None)
 def follows_a_rebound_weight(lora: ModuleType) -> None:
     layer, x = filled(lora, "Conv2d"), inputs("Conv2d")
+    assert layer.weight is layer.conv.weight
     layer.conv.weight = nn.Parameter(torch.full_like(layer.conv.weight, 3.0))
     assert layer.weight is layer.conv.weight
     assert torch.equal(output(layer, x), plain(layer, 3.0 + update_of(layer), x))
@@ -451,8 +452,8 @@ def renormalises_alike(lora: ModuleType, case: str) -> None:
     assert_as_accurate_as(output(layer, x), F.embedding(x, renormalised + update), exact, case)
 
 
-# Tokens that repeat, and one that is padding; {} is what sparse=True must agree with.
 def embedding_gradients(lora: ModuleType, **options: Any) -> None:
+    """Checks them for tokens that repeat and one that is padding."""
     layer, x = filled(lora, "Embedding", padding_idx=1, **options), inputs("Embedding")
     dy = torch.empty(*x.shape, 6)
     fill([dy])
@@ -502,9 +503,14 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@promise("14-merged-linear-makes-nothing-of-the-weights-size", AssertionError, "made a tensor", [False, True])
-def makes_no_large_tensor(lora: ModuleType, case: bool) -> None:
-    layer = lora.MergedLinear(64, 96, r=2, enable_lora=[True, False, True], fan_in_fan_out=case)
+LAYOUTS = [(False, 0.0), (True, 0.0), (False, 0.5)]
+
+
+@promise("14-merged-linear-makes-nothing-of-the-weights-size", AssertionError, "made a tensor", LAYOUTS)
+def makes_no_large_tensor(lora: ModuleType, case: tuple[bool, float]) -> None:
+    fan_in_fan_out, dropout = case
+    options = {"enable_lora": [True, False, True], "fan_in_fan_out": fan_in_fan_out, "lora_dropout": dropout}
+    layer = lora.MergedLinear(64, 96, r=2, **options)
     lora.mark_only_lora_as_trainable(layer)
     x = torch.randn(3, 64, requires_grad=True)
     with Allocations(layer.weight) as seen:
@@ -609,8 +615,8 @@ def test_loralib_breaks_the_promise(promised: Promise) -> None:
 
 
 def test_neither_path_of_merged_linear_makes_anything_of_the_weights_size(backend: str, on_device: None) -> None:
-    for fan_in_fan_out in (False, True):
-        makes_no_large_tensor(fused_lora, fan_in_fan_out)
+    for layout in LAYOUTS:
+        makes_no_large_tensor(fused_lora, layout)
 
 
 def test_every_one_of_the_sixteen_bugs_is_checked() -> None:
@@ -677,7 +683,8 @@ def test_attributes(lora: ModuleType, kind: str, on_device: None) -> None:
         assert list(layer.enable_lora) == SIZES[kind][2]["enable_lora"]
         assert layer.lora_ind.dtype == torch.bool and layer.lora_ind.shape == (6,) and not list(layer.buffers())
         # The outputs that an adapter reaches, whatever its values.
-        nn.init.ones_(layer.lora_A), nn.init.ones_(layer.lora_B)
+        for parameter in adapter(layer):
+            nn.init.ones_(parameter)
         update = update_of(layer)
         assert torch.equal((update.T if layer.fan_in_fan_out else update).any(1), layer.lora_ind)
     if kind.startswith("Conv"):
@@ -715,16 +722,18 @@ def test_shapes_keys_their_order_and_freezing(lora: ModuleType, kind: str, on_de
 
 @both
 @every_kind
-def test_eval_merges_and_train_unmerges_unless_told_not_to(lora: ModuleType, kind: str, on_device: None) -> None:
-    for merge_weights in (True, False):
-        layer, x = filled(lora, kind, merge_weights=merge_weights), inputs(kind)
-        base, update = weight_of(layer).detach().clone(), update_of(layer)
-        assert update.any()
-        for mode in (True, False, False, True, True, False):
-            layer.train(mode)
-            assert layer.merged is (merge_weights and not mode)
-            assert torch.equal(weight_of(layer), base + update if layer.merged else base)
-            assert torch.equal(output(layer, x), plain(layer, base + update, x))
+@pytest.mark.parametrize("merge_weights", [True, False])
+def test_eval_merges_and_train_unmerges_unless_told_not_to(
+    merge_weights: bool, lora: ModuleType, kind: str, on_device: None
+) -> None:
+    layer, x = filled(lora, kind, merge_weights=merge_weights), inputs(kind)
+    base, update = weight_of(layer).detach().clone(), update_of(layer)
+    assert update.any()
+    for mode in (True, False, False, True, True, False):
+        layer.train(mode)
+        assert layer.merged is (merge_weights and not mode)
+        assert torch.equal(weight_of(layer), base + update if layer.merged else base)
+        assert torch.equal(output(layer, x), plain(layer, base + update, x))
 
 
 INITIAL = {

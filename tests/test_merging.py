@@ -334,6 +334,23 @@ def test_loading_leaves_the_mode_and_requires_grad_alone(name: str, assign: bool
     assert {key: p.requires_grad for key, p in layer.named_parameters()} == expected
 
 
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("changed", ["base", "lora_A", "lora_B"])
+@every_layer
+def test_a_change_in_place_while_merged_shows_in_the_next_output(
+    name: str, changed: str, guard: Callable[[], Any], device: str
+) -> None:
+    layer, x = build(name, device), make_x(name, device)
+    twin = copy.deepcopy(layer)
+    layer.eval()
+    for module in (layer, twin):
+        with torch.no_grad():
+            (module.base_weight if changed == "base" else getattr(module, changed)).mul_(-2)
+    with guard():
+        assert_same_bits(layer(x), twin.eval()(x), "output")
+    assert_same_entries(layer.train().state_dict(), twin.train().state_dict())
+
+
 @few_layers
 def test_a_load_that_fails_leaves_a_merged_layer_merged(name: str, device: str) -> None:
     layer = build(name, device).eval()
@@ -510,7 +527,7 @@ def test_a_tie_outlives_casting_and_copying_while_merged(
 @pytest.mark.parametrize("kind", ["two Linear", "Embedding and head"])
 def test_loading_tied_weights_while_merged_reaches_both(kind: str, kept: str, device: str) -> None:
     """Checkpoints of tied models (safetensors') often hold the weight under one of its two names."""
-    first, second, _ = tied(kind, device)
+    first, second, (x1, x2) = tied(kind, device)
     model = nn.ModuleList([first, second])
     state = {key: torch.randn_like(tensor) for key, tensor in model.state_dict().items()}
     state["1.weight"] = state["0.weight"]
@@ -520,11 +537,13 @@ def test_loading_tied_weights_while_merged_reaches_both(kind: str, kept: str, de
     for loading in (model.eval(), unmerged):
         loading.load_state_dict(state, strict=False)
     unmerged.eval()
-    assert_same_bits(first.weight, unmerged[0].weight, "the first's merged weight")
-    assert_same_bits(second.weight, unmerged[1].weight, "the second's weight")
+    with torch.no_grad():
+        assert_same_bits(first(x1), unmerged[0](x1), "the first's output")
+        assert_same_bits(second(x2), unmerged[1](x2), "the second's output")
+    assert_same_entries(model.state_dict(), unmerged.state_dict())
 
 
-def test_freezing_through_a_tied_head_while_merged_survives_unmerging(device: str) -> None:
+def test_requires_grad_set_through_a_tied_head_while_merged_survives_unmerging(device: str) -> None:
     embedding, head, _ = tied("Embedding and head", device)
     embedding.eval()
     head.weight.requires_grad_(True)
