@@ -35,6 +35,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def ieee_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN takes tf32 unless told otherwise, whose error would drown a yardstick that happened to round well."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def trained(layer: nn.Module) -> nn.Module:
     """With an lora_B that is not zero, at a scale at which the adapter weighs as much as the base."""
     generator = torch.Generator().manual_seed(4)
@@ -398,7 +404,9 @@ def test_dropout_of_probability_1_switches_the_adapter_off(dims: int, device: st
     layer = trained(CONVS[dims](4, 6, 3, r=2, lora_dropout=1.0, device=device))
     x = draw((2, 4, *SIZES[dims]), 5, torch.float32, device)
     result, plain = step(layer, x), step(copy.deepcopy(layer.conv), x)
-    assert torch.equal(result["y"], plain["y"]) and torch.equal(result["x"], plain["x"])
+    assert torch.equal(result["y"], plain["y"])
+    # A GPU may sum a convolution's gradient in another order each time; dropping would change it by its own size.
+    torch.testing.assert_close(result["x"], plain["x"])
     # As nn.Dropout(1): gradients that are zero, not missing.
     assert result["lora_A"].count_nonzero() == result["lora_B"].count_nonzero() == 0
 
@@ -409,26 +417,33 @@ def test_the_base_path_is_never_dropped(dims: int, device: str) -> None:
     x = draw((2, 4, *SIZES[dims]), 5, torch.float32, device)
     result, plain = step(layer, x), step(copy.deepcopy(layer.conv), x)
     # lora_B is zero: what is left is the base.
-    assert torch.equal(result["y"], plain["y"]) and torch.equal(result["x"], plain["x"])
+    assert torch.equal(result["y"], plain["y"])
+    # A GPU may sum a convolution's gradient in another order each time; dropping would change it by its own size.
+    torch.testing.assert_close(result["x"], plain["x"])
     assert result["lora_B"].count_nonzero() > 0
 
 
 # ---- merging ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [*((dtype, dtype) for dtype in DTYPES), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)],
+)
 @pytest.mark.parametrize(("dims", "kernel"), [(1, 3), (2, (3, 2)), (3, (2, 1, 3))])
 def test_merging_rounds_once_and_unmerging_restores_every_bit(
-    dims: int, kernel: int | tuple[int, ...], dtype: torch.dtype, device: str
+    dims: int, kernel: int | tuple[int, ...], dtype: torch.dtype, adapter_dtype: torch.dtype, device: str
 ) -> None:
-    layer = trained(CONVS[dims](4, 6, kernel, r=2, lora_alpha=3, groups=2, dtype=dtype, device=device))
+    options = {"r": 2, "lora_alpha": 3, "groups": 2, "dtype": dtype, "adapter_dtype": adapter_dtype}
+    layer = trained(CONVS[dims](4, 6, kernel, device=device, **options))
     base = layer.conv.weight.detach().clone()
     for _ in range(3):
         layer.eval()
         exact = base.double() + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).view(base.shape)
-        # One rounding to dtype, and the float32 sum's own error for the wide dtypes.
-        unit = max(torch.finfo(dtype).eps / 2, 8 * torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-15)
-        assert ((layer.conv.weight.double() - exact).abs() <= unit * exact.abs().max()).all()
+        # One rounding of each element to dtype, and the error of summing in float32.
+        once = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).tiny
+        summed = 8 * torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-15
+        assert ((layer.conv.weight.double() - exact).abs() <= once + summed * exact.abs().max()).all()
         assert not torch.equal(layer.conv.weight, base) and layer.conv.weight.dtype == dtype
         assert torch.equal(layer.base_weight, base)
         nn.init.normal_(layer.lora_A)
@@ -447,6 +462,18 @@ def test_unmerging_restores_numbers_that_no_arithmetic_would(dtype: torch.dtype,
     base, parameter = bits(layer.conv.weight).clone(), layer.conv.weight
     layer.eval().train()
     assert torch.equal(bits(layer.conv.weight), base) and layer.conv.weight is parameter
+
+
+@parametrize_case([BY_NAME["1d"], BY_NAME["2d-non-square-same-groups"], BY_NAME["3d-non-cubic"]])
+def test_an_adapter_changed_in_place_while_merged_takes_effect(case: Case, device: str) -> None:
+    layer = case.build(device=device)
+    base = layer.conv.weight.detach().clone()
+    layer.eval()
+    with torch.no_grad():
+        layer.lora_A.mul_(2)
+        layer.lora_B.add_(1)
+    assert_follows_the_definition(case, layer, draw(case.x_shape, 5, torch.float32, device), frozen=True)
+    assert torch.equal(bits(layer.train().conv.weight), bits(base))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -847,5 +874,6 @@ def test_autocast_gives_what_it_gives_the_plain_convolution(case: Case, dropout:
         if name != "y":
             assert value.dtype == torch.float32, name
         assert_as_accurate_as(value, same[name], exact[name], name)
+    elsewhere = copy.deepcopy(layer).eval().conv.weight
     with torch.autocast(device, dtype=torch.bfloat16), torch.no_grad():
-        assert layer.eval()(x).dtype == torch.bfloat16 and layer.conv.weight.dtype == torch.float32
+        assert layer.eval()(x).dtype == torch.bfloat16 and torch.equal(layer.conv.weight, elsewhere)

@@ -89,8 +89,10 @@ def test_adapter_checks_pass_and_see_a_lost_tensor(trained, tmp_path: Path) -> N
 def test_merge_check_sees_a_wrong_merge(trained, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     base, model, digits = trained
     torch.save(fused_lora.lora_state_dict(model), tmp_path / "adapter.pt")
-    right = fused_lora.linear.merged_weight
-    monkeypatch.setattr("fused_lora.linear.merged_weight", lambda w, a, b, scaling: right(w, a, b, scaling * 1.001))
+    right = fused_lora.linear.effective_weight
+    monkeypatch.setattr(
+        "fused_lora.linear.effective_weight", lambda w, a, b, scaling: right(w, a, b, scaling=scaling * 1.001)
+    )
     checks = demo.check_adapter_file(base, model, tmp_path / "adapter.pt", digits)
     assert [check.passed for check in checks] == [True, True, False]
 

@@ -273,6 +273,8 @@ SHAPES = [(19, 11, 37), (16, 48, 32), (1, 1, 1), (11, 3, 1), (0, 7, 5), (5, 7, 0
 def test_accuracy_by_shape_and_dtype(
     backend: str, device: str, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, int, int]
 ) -> None:
+    if device == "cuda" and shape[2] == 0:
+        pytest.skip("torch 2.11's embedding_backward, the yardstick, reads out of bounds for 0 columns on a GPU")
     assert_matches_float64(make_lookup(*shape, 3, dtype=dtypes[0], adapter=dtypes[1], device=device))
 
 
@@ -471,7 +473,9 @@ def normed(norm_type: float, device: str, **options: Any) -> Embedding:
 NORM_TYPES = [1, 2.0, math.inf]
 
 
-@pytest.mark.parametrize("indices", [torch.tensor([[1, 4, 1], [6, 6, 1]]), torch.arange(4).view(2, 2).T], ids=range(2))
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([[1, 4, 1], [6, 6, 1]]), torch.arange(8).view(4, 2)[:3, ::2]], ids=range(2)
+)
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_max_norm_renormalises_what_nn_embedding_would_and_never_the_adapter(

@@ -402,7 +402,7 @@ def changes_no_bit(lora: ModuleType, case: tuple[str, torch.dtype]) -> None:
 @promise(
     "12-float32-adapters-beside-a-half-base",
     RuntimeError,
-    "same dtype|scalar type",
+    "same dtype|scalar type|should be the same",
     [(kind, dtype) for kind in KINDS if kind != "Embedding" for dtype in (torch.float16, torch.bfloat16)],
 )
 def mixes_dtypes(lora: ModuleType, case: tuple[str, torch.dtype]) -> None:

@@ -267,16 +267,17 @@ def test_opcheck(layout: str) -> None:
     seed = torch.tensor([3])
     dropout = (seed, 0.3, 0, 0, "auto")
     ops = torch.ops.fused_lora
-    arguments = (x, weight, bias, lora_A, lora_B, seed, 0.5, 0.3, 0, 0, "auto")
+    arguments = (x, weight, bias, lora_A, lora_B, [True], seed, 0.5, 0.3, 0, 0, "auto")
     torch.library.opcheck(ops.lora_linear.default, arguments)
-    torch.library.opcheck(ops.lora_linear.default, (x, weight, None, lora_A, lora_B, None, *arguments[6:]))
+    torch.library.opcheck(ops.lora_linear.default, (x, weight, None, lora_A, lora_B, [True], None, *arguments[7:]))
     plain = [None if t is None else t.detach() for t in (x, weight, bias, lora_A, lora_B)]
     y, xa = ops.lora_linear_forward(*plain, *arguments[5:])
     torch.library.opcheck(ops.lora_linear_forward.default, (*plain, *arguments[5:]))
-    dyb, _ = ops.lora_linear_grad_panels(y, plain[4], xa, 0.5, DOUBLE, "auto")
-    torch.library.opcheck(ops.lora_linear_grad_panels.default, (y, plain[4], xa, 0.5, DOUBLE, "auto"))
-    torch.library.opcheck(ops.lora_linear_grad_panels.default, (y, None, xa, 0.5, SINGLE, "auto"))
-    torch.library.opcheck(ops.lora_linear_grad_panels.default, (y, plain[4], None, 0.5, DOUBLE, "auto"))
+    panels = ops.lora_linear_grad_panels
+    dyb, _ = panels(y, plain[4], xa, [True], 0.5, DOUBLE, "auto")
+    torch.library.opcheck(panels.default, (y, plain[4], xa, [True], 0.5, DOUBLE, "auto"))
+    torch.library.opcheck(panels.default, (y, None, xa, [True], 0.5, SINGLE, "auto"))
+    torch.library.opcheck(panels.default, (y, plain[4], None, [True], 0.5, DOUBLE, "auto"))
     torch.library.opcheck(ops.lora_linear_grad_input.default, (y, plain[1], dyb, plain[3], *dropout))
     torch.library.opcheck(ops.lora_linear_grad_lora_A.default, (dyb, plain[0], DOUBLE, *dropout))
 
