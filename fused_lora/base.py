@@ -16,8 +16,8 @@ class LoRALayer:
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        if r < 0:
-            raise ValueError(f"r is {r}; expected a rank of 0 or more.")
+        if not isinstance(r, int) or r < 0:
+            raise ValueError(f"r is {r}; expected an integer of 0 or more.")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"lora_dropout is {lora_dropout}; expected a probability in [0, 1].")
         self.r = r

@@ -22,7 +22,7 @@ class _Kept:
 
     base: nn.Parameter
     requires_grad: bool
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, int], ...]
 
 
 class MergingLayer(nn.Module, LoRALayer):
@@ -31,7 +31,8 @@ class MergingLayer(nn.Module, LoRALayer):
     Merging puts a parameter of the layer's own in the place of the base weight, which is kept aside and never written:
     unmerging restores its every bit, and modules that share it never see the adapter. state_dict() holds the base in
     either mode; casting, moving and loading act on the base and the adapter, and merge anew. So does the next forward
-    after any of the three was changed in place while merged, as far as torch counts such changes (not through .data).
+    after any of the three was replaced or changed in place while merged, as far as torch counts such changes (it does
+    not see what is written through .data).
 
     merged_base_device: where the base is kept while merged; None leaves it where it is, at the cost of a second weight
         there. With a device, the base parameter's storage is moved: not for a weight that other modules share.
@@ -55,6 +56,11 @@ class MergingLayer(nn.Module, LoRALayer):
         """Makes zero parameters of these shapes on the weight's device, and freezes the weight."""
         weight = self._owner().weight
         adapter_dtype = adapter_dtype or weight.dtype
+        if adapter_dtype != weight.dtype and (adapter_dtype != torch.float32 or weight.dtype.itemsize != 2):
+            raise ValueError(
+                f"adapter_dtype is {adapter_dtype}; expected {weight.dtype}, the base's, or torch.float32 beside a "
+                "half-precision base."
+            )
         self.lora_A = nn.Parameter(weight.new_zeros(lora_A, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(weight.new_zeros(lora_B, dtype=adapter_dtype))
         self.scaling = self.lora_alpha / self.r
@@ -107,17 +113,18 @@ class MergingLayer(nn.Module, LoRALayer):
     def _unmerge(self) -> None:
         if self._kept is not None:
             owner, base = self._owner(), self._kept.base
-            if self.merged_base_device is not None:
+            if base.device != owner.weight.device:
                 base.data = base.data.to(owner.weight.device)
             if owner.weight.requires_grad != self._kept.requires_grad:
                 base.requires_grad = owner.weight.requires_grad
             owner.weight, self._kept = base, None
         self.merged = False
 
-    def _versions(self, base: Tensor) -> tuple[int, ...]:
-        """How often torch has seen each of the merged tensors change in place; inference tensors are not counted."""
+    def _versions(self, base: Tensor) -> tuple[tuple[int, int], ...]:
+        """Where each of the merged tensors is, and how often it has changed in place; of inference tensors torch keeps
+        no count."""
         tensors = (base, self.lora_A, self.lora_B)
-        return tuple(0 if t.is_inference() else t._version for t in tensors)
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
     def _check_merged(self) -> None:
         """Before a merged forward: merges anew what has changed since, and warns if a gradient would be missing."""
@@ -134,7 +141,7 @@ class MergingLayer(nn.Module, LoRALayer):
             warnings.warn(
                 "A merged fused_lora layer (eval mode) gives lora_A, lora_B and the base weight no gradient; call "
                 "train(), build it with merge_weights=False, or evaluate under torch.no_grad().",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:

@@ -120,7 +120,7 @@ HOPPER = Tiles(
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
-        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+        PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
     ),
     adapter_grad=_by_rank(
         AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3),

@@ -51,7 +51,9 @@ def _add_ranks(
     panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
     panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
     factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-    in_columns = (columns >= first_column) & (columns < last_column)
+    in_columns = columns < last_column
+    if first_column is not None:
+        in_columns = in_columns & (columns >= first_column)
     factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns[None, :], other=0.0)
     return accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
 
@@ -76,7 +78,7 @@ def _finish(
         for start in tl.range(0, R, BLOCK_R, num_stages=1):
             update = _add_ranks(
                 update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-                rows, columns, start, M, 0, J, R, BLOCK_R, PRECISION,
+                rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
             )  # fmt: skip
         keep = keep_tile(
             seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
@@ -116,9 +118,11 @@ def _fused_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     if seed_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
-        last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
-        first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
-        last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+        first, last = tl.full((), 0, tl.int32), 1
+        if SLICES > 1:
+            last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
+            first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
+            last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
         for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
             e = first + step // RANK_STEPS
             slice = enabled_slice(e, SLICES, ENABLED)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._accumulate import accumulate
 from .config import tiles_for
 from .launch import cdiv, stated_work
 
@@ -54,7 +55,7 @@ def _low_rank_update_kernel(
         left = tl.load(left_ptr + rows[:, None] * stride_lv + ranks[None, :] * stride_lr, mask=in_left, other=0.0)
         right_ptrs = right_ptr + ranks[:, None] * stride_rr + columns[None, :] * stride_rj
         right = tl.load(right_ptrs, mask=(ranks[:, None] < R) & in_columns[None, :], other=0.0)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc = accumulate(left, right, acc, "ieee")
         if panel_ptr is not None:
             panel_ptrs = panel_ptr + outs[:, None] * stride_pm + ranks[None, :] * stride_pr
             # The first tile of columns stores it for all of them.

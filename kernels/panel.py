@@ -39,13 +39,14 @@ def _panel_kernel(
     EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank_blocks = tl.cdiv(R, BLOCK_R)
-    ranks = tl.program_id(1) % rank_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_block = tl.program_id(1)
     if SLICES > 1:
-        e = tl.program_id(1) // rank_blocks
+        e = rank_block // tl.cdiv(R, BLOCK_R)
+        rank_block = rank_block % tl.cdiv(R, BLOCK_R)
         left_ptr += enabled_slice(e, SLICES, ENABLED).to(tl.int64) * I * stride_li
         factor_ptr += e.to(tl.int64) * I * stride_fi
         panel_ptr += e * R * stride_pr
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
     factor_column_ptrs = factor_ptr + ranks[None, :].to(tl.int64) * stride_fr
     first_column = tl.full((), 0, tl.int64) + column_offset

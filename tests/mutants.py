@@ -48,6 +48,15 @@ KERNEL_MASKS = ("tests/test_kernels.py", "-k", "mask")
 MASK = ("tests/test_reference.py",)
 ADDRESSES = ("tests/test_kernels.py", "-k", "test_touches_only_its_arguments")
 OPTIONS = ("tests/test_functional.py", "-k", "not bad_input and not any_shape")
+MERGED = ("tests/test_merged_linear.py", "-k", "test_accuracy_by_pattern[triton-TFT-")
+MERGED_RANKS = ("tests/test_merged_linear.py", "-k", "test_accuracy_by_rank[triton")
+MERGED_TORCH = ("tests/test_merged_linear.py", "-k", "test_accuracy_by_pattern[reference-TFT-")
+LAUNCHES = ("tests/test_merged_linear.py", "-k", "test_launches")
+LOOKUPS = ("tests/test_embedding.py", "-k", "test_accuracy and triton and float32-float32")
+LOOKUPS_TORCH = ("tests/test_embedding.py", "-k", "(accuracy and reference) or padding or freq or norm or range")
+CONVOLUTIONS = ("tests/test_conv.py", "-k", "dropout or definition or keys or loads")
+MERGING = ("tests/test_merging.py", "-k", "not thousand and not triton")
+CHECKPOINTS = ("tests/test_checkpoints.py",)
 
 
 class BrokenRun(Exception):
@@ -267,6 +276,59 @@ MUTANTS = (
         OPTIONS,
     ),
     Mutant("dropout outside training", FUNCTIONAL, "if not training:", "if False:", OPTIONS),
+    Mutant("the first slice's panel for every slice", LINEAR, "panel_ptr + e * R", "panel_ptr + 0 * e * R", MERGED),
+    Mutant("the first slice's rows of lora_B", LINEAR, "(e - slice).to", "(0 * e - slice).to", MERGED),
+    Mutant("a tile's last slice skipped", LINEAR, "SLICE_STEPS * RANK_STEPS", "RANK_STEPS", MERGED),
+    Mutant("slices past a tile's read", LINEAR, "tl.where(e < last, R, 0)", "R", LAUNCHES),
+    Mutant("adapters reach into the next slice", LINEAR, " & (columns < last_column)", "", LAUNCHES),
+    Mutant("slices counted one too far", SLICES, "(slice > s)", "(slice >= s)", MERGED),
+    Mutant("dyb of the wrong slice", PANEL, "enabled_slice(e, SLICES, ENABLED).to", "e.to", MERGED_RANKS),
+    Mutant(
+        "db of the wrong slice",
+        ADAPTER,
+        "left_ptr += enabled_slice(e, SLICES, ENABLED) * I",
+        "left_ptr += e * I",
+        MERGED,
+    ),
+    Mutant("db's panel of the first slice", ADAPTER, "panel_ptr += e * R", "panel_ptr += 0 * e * R", MERGED),
+    Mutant(
+        "adapters in the wrong slices", REFERENCE, "if enabled else piece", "if not enabled else piece", MERGED_TORCH
+    ),
+    Mutant("low-rank update 2 % too large", UPDATE, "+ acc * scale)", "+ acc * scale * 1.02)", LOOKUPS),
+    Mutant(
+        "low-rank update without its last ranks", UPDATE, "range(0, R, BLOCK_R", "range(0, R - 16, BLOCK_R", LOOKUPS
+    ),
+    Mutant("embedding's panel unscaled", UPDATE, "(left.to(tl.float32) * scale)", "left.to(tl.float32)", LOOKUPS),
+    Mutant("the rows of other tokens", UPDATE, "left_ptr + rows[:, None]", "left_ptr + outs[:, None]", LOOKUPS),
+    Mutant(
+        "padding gets a gradient", EMBEDDING_OP, "weight.shape[0], padding_idx,", "weight.shape[0], -1,", LOOKUPS_TORCH
+    ),
+    Mutant(
+        "renormalised while merged",
+        EMBEDDING,
+        "(self.padding_idx, None, 2.0,",
+        "(self.padding_idx, 0.1, 2.0,",
+        LOOKUPS_TORCH,
+    ),
+    Mutant(
+        "effective weight's dA unscaled", WEIGHT_OP, "lora_B.dtype), ctx.scaling)", "lora_B.dtype), 1.0)", CONVOLUTIONS
+    ),
+    Mutant("convolutions ignore dropout", CONV, "dropout_in_force(self.lora_dropout) == 0", "True", CONVOLUTIONS),
+    Mutant("convolution's weight under one name only", CONV, 'in ("weight", "bias")', 'in ("bias",)', CONVOLUTIONS),
+    Mutant(
+        "merging in place",
+        MERGE,
+        "owner.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)",
+        "owner.weight.copy_(self.merged_weight())",
+        MERGING,
+    ),
+    Mutant("state_dict holds the merged weight", MERGE, "if module._kept is not None:", "if False:", MERGING),
+    Mutant("merged weight not made anew", MERGE, "if versions != self._kept.versions:", "if False:", MERGING),
+    Mutant("casts act on the merged weight", MERGE, "was_merged = self.merged", "was_merged = False", MERGING),
+    Mutant("every missing key excused", MERGE, "if key not in adapter]", "if False]", CHECKPOINTS),
+    Mutant("partial adapters excused", MERGE, "if has_base and not has_adapter:", "if has_base:", CHECKPOINTS),
+    Mutant("scaling not recovered", ADAPTER_FILE, "layer.scaling = layer.lora_alpha / layer.r", "pass", CHECKPOINTS),
+    Mutant("a convolution's bias forgotten", STATE, '[*owner, "conv", "bias"]', '[*owner, "conv", "b"]', CHECKPOINTS),
 )
 
 

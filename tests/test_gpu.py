@@ -7,7 +7,7 @@ import torch
 from numerics import assert_as_accurate_as, make_problem, unfused
 
 import fused_lora
-from fused_lora.functional import lora_linear
+from fused_lora.functional import effective_weight, lora_embedding, lora_linear
 from fused_lora.reference import Dropout, dropout_threshold
 
 pytestmark = [
@@ -86,6 +86,72 @@ def test_more_than_2_to_the_31_elements_of_weight() -> None:
     expected = dy[:, last].double() @ (weight[last].double() + lora_B[last].double() @ lora_A.double())
     bfloat16_unit = torch.finfo(torch.bfloat16).eps
     assert (dx - expected).abs().max() <= 2 * bfloat16_unit * expected.abs().max()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("in_features", "width", "r"), [(4096, 4096, 16), (1600, 1600, 64)])
+def test_real_sizes_of_merged_linear(in_features: int, width: int, r: int, transposed: bool) -> None:
+    """Slices that tiles do not cross and slices that they do, against each slice as a layer of its own."""
+    pattern, rows = (True, False, True), 3000
+    x, dy = (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (in_features, 3 * width))
+    weight = torch.randn(3 * width, in_features, device="cuda", dtype=torch.bfloat16) / in_features**0.5
+    lora_A = torch.randn(2 * r, in_features, device="cuda") / in_features**0.5
+    lora_B = torch.randn(2 * width, r, device="cuda") / r**0.5
+    results = []
+    for dtype in (None, torch.bfloat16, torch.float64):
+        wide = [t if dtype is not torch.float64 else t.double() for t in (x, lora_A, lora_B)]
+        leaves = [t.detach().requires_grad_() for t in wide]
+        if dtype is None:
+            stored = weight.T.contiguous() if transposed else weight
+            y = lora_linear(
+                leaves[0], stored, *leaves[1:], scaling=0.75, enable_lora=pattern, fan_in_fan_out=transposed
+            )
+        else:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+                slices = list((leaves[0] @ weight.to(leaves[0].dtype).T).chunk(3, 1))
+                for s, a, b in zip((0, 2), leaves[1].chunk(2), leaves[2].chunk(2), strict=True):
+                    slices[s] = slices[s] + 0.75 * (leaves[0] @ a.T @ b.T)
+                y = torch.cat(slices, 1)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    for name, actual, same_dtype, exact in zip(("y", "dx", "dA", "dB"), *results, strict=True):
+        assert_as_accurate_as(actual, same_dtype, exact, name)
+
+
+def test_embedding_is_deterministic_and_can_be_captured() -> None:
+    layer = fused_lora.Embedding(50_000, 512, r=16, device="cuda", dtype=torch.bfloat16)
+    torch.nn.init.normal_(layer.lora_A)
+    tokens = torch.randint(0, 50_000, (8, 2048), device="cuda")
+    tokens[:, :1500] = 7
+    dy = torch.randn(8, 2048, 512, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = layer(tokens)
+        return y, *torch.autograd.grad(y, (layer.lora_A, layer.lora_B), dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        first, second = step(), step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for one, other, replayed in zip(first, second, captured, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, replayed)
+
+
+def test_more_than_2_to_the_31_elements_of_a_merged_weight() -> None:
+    rows, columns = 2**31 // 32768 + 1000, 32768
+    weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    lora_A = torch.randn(4, columns, device="cuda", dtype=torch.bfloat16)
+    lora_B = torch.randn(rows, 4, device="cuda", dtype=torch.bfloat16)
+    merged = effective_weight(weight, lora_A, lora_B, scaling=0.5)
+    last = slice(rows - 2000, None)
+    assert torch.equal(merged[last], effective_weight(weight[last], lora_A, lora_B[last], scaling=0.5))
+    tokens = torch.tensor([0, rows - 1], device="cuda")
+    looked_up = lora_embedding(tokens, weight, lora_B.T, lora_A.T, scaling=0.5)
+    assert torch.equal(looked_up, merged[tokens])
 
 
 def test_graph_replays_draw_fresh_masks_and_follow_the_seed() -> None:

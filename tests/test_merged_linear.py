@@ -66,12 +66,17 @@ def results(function: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Tensor
     return dict(zip(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)], strict=True))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("dtypes", [(SINGLE, SINGLE), (HALF, HALF), (torch.float16, SINGLE)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "p"),
+    [(SINGLE, SINGLE, 0.0), (HALF, HALF, 0.25), (torch.float16, SINGLE, 0.25)],
+    ids=["float32", "bfloat16-dropout", "float16-float32-dropout"],
+)
 @pytest.mark.parametrize(("pattern", "width"), PATTERNS, ids=pattern_id)
 @pytest.mark.usefixtures("poisoned_allocations")
-def test_accuracy_by_pattern(backend: str, device: str, pattern, width: int, dtypes, p: float) -> None:
-    *inputs, dy = tensors(pattern, width, 5, *dtypes, device, rows=37)
+def test_accuracy_by_pattern(
+    backend: str, device: str, pattern, width: int, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
+) -> None:
+    *inputs, dy = tensors(pattern, width, 5, dtype, adapter_dtype, device, rows=37)
     dropout = Dropout(torch.tensor([9], device=device), dropout_threshold(p)) if p > 0 else None
     keep = torch.ones(()) if dropout is None else dropout.mask(37, 43) / dropout.keep_probability
 
@@ -83,7 +88,7 @@ def test_accuracy_by_pattern(backend: str, device: str, pattern, width: int, dty
         return zero_padded(*leaves, pattern, keep.to(device, leaves[0].dtype))
 
     actual = results(ours, inputs, dy)
-    with torch.autocast(device, dtype=dtypes[0], enabled=dtypes[0] != dtypes[1]):
+    with torch.autocast(device, dtype=dtype, enabled=dtype != adapter_dtype):
         same_dtype = results(theirs, inputs, dy)
     exact = results(theirs, [t.double() for t in inputs], dy.double())
     for name in NAMES:
