@@ -160,3 +160,15 @@ def test_the_readmes_figures_are_the_recorded_ones() -> None:
         for candidate, cell in zip(("fused_lora", "base + addmm_", "loralib eager"), cells.split(" | "), strict=True):
             sustained, burst = ratios[shape, f"{candidate}, p={float(p)}"]
             assert cell == f"{sustained:.3f} ({burst:.3f})", f"{shape}, {candidate}, p={p}"
+
+
+def test_the_readmes_figures_of_the_other_layers_are_the_recorded_ones() -> None:
+    readme = (ROOT / "README.md").read_text()
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "layers.json").read_text())
+    assert recorded["header"]["commit"] in readme
+    milliseconds = {(r["layer"], r["candidate"]): f"{r['sustained_ms']:.3f}" for r in recorded["records"]}
+    rows = re.findall(r"^\| ((?:MergedLinear|Embedding|Conv2d) [^|]+) \| (\S+) \| (.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == len([candidate for _, candidate in milliseconds if "fused_lora" in candidate])
+    for layer, p, cells in rows:
+        candidates = ["frozen", f"fused_lora, p={float(p)}", f"loralib, p={float(p)}"]
+        assert cells.split(" | ") == [milliseconds[layer, candidate] for candidate in candidates], layer
