@@ -52,11 +52,11 @@ MERGED = ("tests/test_merged_linear.py", "-k", "test_accuracy_by_pattern[triton-
 MERGED_RANKS = ("tests/test_merged_linear.py", "-k", "test_accuracy_by_rank[triton")
 MERGED_TORCH = ("tests/test_merged_linear.py", "-k", "test_accuracy_by_pattern[reference-TFT-")
 LAUNCHES = ("tests/test_merged_linear.py", "-k", "test_launches")
-LOOKUPS = ("tests/test_embedding.py", "-k", "test_accuracy and triton and float32-float32")
-LOOKUPS_TORCH = ("tests/test_embedding.py", "-k", "(accuracy and reference) or padding or freq or norm or range")
-CONVOLUTIONS = ("tests/test_conv.py", "-k", "dropout or definition or keys or loads")
-MERGING = ("tests/test_merging.py", "-k", "not thousand and not triton")
-CHECKPOINTS = ("tests/test_checkpoints.py",)
+LOOKUPS = ("tests/test_embedding_op.py", "-k", "test_accuracy and triton and float32-float32")
+LOOKUPS_TORCH = ("tests/test_embedding.py", "-k", "padding or norm")
+CONVOLUTIONS = ("tests/test_conv.py", "tests/test_conv_state.py", "-k", "dropout or definition or load")
+MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not thousand and not triton")
+CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
 class BrokenRun(Exception):

@@ -1,19 +1,11 @@
-"""The sixteen bugs of loralib that are not copied: each promise holds here and, where it can be asked, fails there.
-
-A check takes the package as its argument and uses loralib's interface only. The end of the file is what must agree.
-"""
+"""The sixteen bugs of loralib that are not copied: each promise holds here and, where it can be asked, fails there."""
 
 from __future__ import annotations
 
-import copy
-import importlib
-import inspect
 import io
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,123 +14,32 @@ import loralib
 import pytest
 import torch
 from numerics import assert_as_accurate_as
+from promises import (
+    KINDS,
+    PROMISES,
+    Allocations,
+    Promise,
+    adapter,
+    build,
+    embedding_with_max_norm,
+    fill,
+    filled,
+    inputs,
+    look_alikes,
+    one_thread,  # noqa: F401 (an autouse fixture)
+    output,
+    plain,
+    promise,
+    update_of,
+    weight_of,
+)
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fused_lora
 
-SIZES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
-    "Linear": ("Linear", (4, 6), {}),
-    "Linear-transposed": ("Linear", (4, 6), {"fan_in_fan_out": True}),
-    "MergedLinear": ("MergedLinear", (4, 6), {"enable_lora": [True, False, True]}),
-    "MergedLinear-transposed": ("MergedLinear", (4, 6), {"enable_lora": [False, True], "fan_in_fan_out": True}),
-    "Embedding": ("Embedding", (7, 6), {}),
-    # loralib's Conv1d and Conv3d work for kernel_size 1 only; see 02.
-    "Conv1d": ("Conv1d", (2, 4, 1), {}),
-    "Conv2d": ("Conv2d", (2, 4, 3), {}),
-    "Conv2d-groups": ("Conv2d", (2, 4, 3), {"groups": 2}),
-    "Conv3d": ("Conv3d", (2, 4, 1), {}),
-}
-KINDS = list(SIZES)
-
-
-def build(lora: ModuleType, kind: str, *, r: int = 2, lora_alpha: float = 4, **options: Any) -> nn.Module:
-    cls, sizes, more = SIZES[kind]
-    return getattr(lora, cls)(*sizes, r=r, lora_alpha=lora_alpha, **copy.deepcopy(more), **options)
-
-
-def fill(tensors: Any) -> None:
-    """Draws -1, 0 or 1 for every element. Sums of these are exact in every dtype and order, so that results are equal,
-    not close: the longest, a Conv2d's, has 18 terms of at most 1 + 2 * 6, less than the 256 that bfloat16 counts to."""
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.copy_(torch.randint(-1, 2, tensor.shape))
-
-
-def filled(lora: ModuleType, kind: str, **options: Any) -> nn.Module:
-    layer = build(lora, kind, **options)
-    fill(layer.parameters())
-    return layer
-
-
-def adapter(layer: nn.Module) -> list[nn.Parameter]:
-    return [layer.lora_A, layer.lora_B]
-
-
-def inputs(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    if kind == "Embedding":
-        return torch.tensor([[0, 6, 3], [3, 3, 1]])
-    dimensions = {"Conv1d": 1, "Conv2d": 2, "Conv2d-groups": 2, "Conv3d": 3}.get(kind)
-    x = torch.empty((3, 4) if dimensions is None else (2, 2, *[5] * dimensions), dtype=dtype)
-    fill([x])
-    return x
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    return (layer.conv if hasattr(layer, "conv") else layer).weight
-
-
-def update_of(layer: nn.Module) -> Tensor:
-    """scaling * B A as loralib documents it for each class, laid out as the weight is."""
-    lora_A, lora_B = (t.detach() for t in adapter(layer))
-    if hasattr(layer, "conv"):
-        return layer.scaling * (lora_B @ lora_A).view(layer.conv.weight.shape)
-    if isinstance(layer, nn.Embedding):
-        return layer.scaling * (lora_B @ lora_A).T
-    update = lora_B.new_zeros(layer.out_features, layer.in_features)
-    slices = getattr(layer, "enable_lora", [True])
-    rows = layer.out_features // len(slices)
-    for nth, s in enumerate(s for s, enabled in enumerate(slices) if enabled):
-        lora_A_n, lora_B_n = lora_A[nth * layer.r : (nth + 1) * layer.r], lora_B[nth * rows : (nth + 1) * rows]
-        update[s * rows : (s + 1) * rows] = layer.scaling * (lora_B_n @ lora_A_n)
-    return update.T if layer.fan_in_fan_out else update
-
-
-def plain(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """What torch's own layer of this kind computes with the weight."""
-    weight = weight.detach()
-    if hasattr(layer, "conv"):
-        return torch.func.functional_call(layer.conv, {"weight": weight}, (x,)).detach()
-    if isinstance(layer, nn.Embedding):
-        return F.embedding(x, weight)
-    return F.linear(x, weight.T if layer.fan_in_fan_out else weight, layer.bias).detach()
-
-
-@torch.no_grad()
-def output(layer: nn.Module, x: Tensor) -> Tensor:
-    """Without gradients, so that a merged layer does not warn."""
-    return layer(x)
-
-
-Errors = type[BaseException] | tuple[type[BaseException], ...]
-
-
-@dataclass(frozen=True)
-class Promise:
-    name: str
-    check: Callable[[ModuleType], None]
-    # What loralib 0.1.2 raises instead, and words of the message; None where it cannot be asked.
-    raises: Errors | None
-    match: str
-
-
-PROMISES: list[Promise] = []
-
-
-def promise(name: str, raises: Errors | None, match: str = "", cases: list[Any] | None = None) -> Callable[..., Any]:
-    """Registers check(lora), or check(lora, case) once for each case."""
-
-    def register(check: Callable[..., None]) -> Callable[..., None]:
-        for case in [None] if cases is None else cases:
-            one = check if case is None else partial(check, case=case)
-            words = [] if case is None else case if isinstance(case, tuple) else [case]
-            PROMISES.append(Promise("-".join([name, *map(str, words)]).replace("torch.", ""), one, raises, match))
-        return check
-
-    return register
+# A check takes the package as its argument and uses loralib's interface only.
 
 
 @promise("01-train-and-eval-return-the-layer", AssertionError, "did not return the layer", KINDS)
@@ -421,19 +322,6 @@ def mixes_dtypes(lora: ModuleType, case: tuple[str, torch.dtype]) -> None:
     assert weight_of(layer).dtype == dtype and torch.equal(output(layer, x), expected)
 
 
-def embedding_with_max_norm(lora: ModuleType) -> tuple[nn.Module, Tensor, Tensor]:
-    """An embedding whose rows are longer than max_norm, as are lora_A's; tokens; its weight after a look-up of them."""
-    layer = build(lora, "Embedding", max_norm=0.5)
-    fill(adapter(layer))
-    with torch.no_grad():
-        layer.lora_A.add_(4)
-    x = inputs("Embedding")
-    renormalised = nn.Embedding(7, 6, max_norm=0.5, _weight=layer.weight.detach().clone())
-    output(renormalised, x)
-    assert not torch.equal(renormalised.weight, layer.weight)
-    return layer, x, renormalised.weight.detach()
-
-
 @promise("13-max-norm-is-the-bases-not-the-adapters", AssertionError, "lora_A was renormalised")
 def leaves_the_adapters_norm(lora: ModuleType) -> None:
     layer, x, renormalised = embedding_with_max_norm(lora)
@@ -480,29 +368,6 @@ def has_the_right_gradient(lora: ModuleType) -> None:
     embedding_gradients(lora)
 
 
-class Allocations(TorchDispatchMode):
-    """The elements of the largest storage that any operation returns, except the given one."""
-
-    def __init__(self, known: Tensor) -> None:
-        super().__init__()
-        self.known, self.largest, self.operation = known, 0, ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fused_lora":
-            # Into the op's implementation, which would run unseen otherwise.
-            with self:
-                key = getattr(torch._C.DispatchKey, self.known.device.type.upper())
-                result = func.redispatch(torch._C.DispatchKeySet(key), *args, **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.known.data_ptr():
-                elements = tensor.untyped_storage().nbytes() // self.known.element_size()
-                if elements > self.largest:
-                    self.largest, self.operation = elements, str(func)
-        return result
-
-
 LAYOUTS = [(False, 0.0), (True, 0.0), (False, 0.5)]
 
 
@@ -519,12 +384,6 @@ def makes_no_large_tensor(lora: ModuleType, case: tuple[bool, float]) -> None:
     # What it must make: y at the least.
     assert seen.largest >= 3 * 96
     assert seen.largest < 96 * 64, f"{seen.operation} made a tensor of {seen.largest} elements"
-
-
-def look_alikes(lora: ModuleType) -> nn.Module:
-    net = nn.ModuleDict({"explora_tion": nn.Linear(2, 2), "layer": lora.Linear(2, 2, r=1)})
-    net["relative_attention_bias"] = nn.Embedding(4, 2)
-    return net
 
 
 @promise("15-names-that-look-alike-are-frozen", AssertionError, "trainable", ["none", "all", "lora_only"])
@@ -587,15 +446,6 @@ def tells_r_and_alpha(lora: ModuleType) -> None:
     assert tensors.keys() == lora.lora_state_dict(net).keys()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """What is as small as this has nothing for a second thread but waiting for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def on_device(device: str) -> Iterator[None]:
     """What names no device is made on `device`."""
@@ -622,173 +472,3 @@ def test_neither_path_of_merged_linear_makes_anything_of_the_weights_size(backen
 def test_every_one_of_the_sixteen_bugs_is_checked() -> None:
     assert {int(promised.name[:2]) for promised in PROMISES} == set(range(1, 17))
     assert {p.name[:2] for p in PROMISES if p.raises is None} - {p.name[:2] for p in PROMISES if p.raises} == {"04"}
-
-
-# What must agree. Both packages are asked, so that what is asserted is known to be loralib's interface.
-both = pytest.mark.parametrize("lora", [loralib, fused_lora], ids=["loralib", "fused_lora"])
-every_kind = pytest.mark.parametrize("kind", KINDS)
-LAYERS = ["Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"]
-FUNCTIONS = ["mark_only_lora_as_trainable", "lora_state_dict"]
-
-
-@both
-def test_exported_names(lora: ModuleType) -> None:
-    assert lora.name == "lora"
-    for module, names in (("layers", LAYERS), ("utils", FUNCTIONS)):
-        submodule = importlib.import_module(f"{lora.__name__}.{module}")
-        assert getattr(lora, module) is submodule
-        namespace: dict[str, Any] = {}
-        exec(f"from {lora.__name__} import *", namespace)
-        for name in names:
-            assert getattr(lora, name) is getattr(submodule, name) is namespace[name], name
-
-
-@both
-def test_class_tree(lora: ModuleType) -> None:
-    assert issubclass(lora.Linear, nn.Linear) and issubclass(lora.MergedLinear, nn.Linear)
-    assert issubclass(lora.Embedding, nn.Embedding) and issubclass(lora.ConvLoRA, nn.Module)
-    assert all(issubclass(cls, lora.ConvLoRA) for cls in (lora.Conv1d, lora.Conv2d, lora.Conv3d))
-    assert all(issubclass(getattr(lora, name), lora.LoRALayer) for name in LAYERS)
-    assert not issubclass(lora.LoRALayer, nn.Module) and not issubclass(lora.MergedLinear, lora.Linear)
-
-
-@pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Embedding", "ConvLoRA", "LoRALayer", *FUNCTIONS])
-def test_loralibs_arguments_keep_their_places_names_and_defaults(name: str) -> None:
-    def arguments(lora: ModuleType) -> list[tuple[str, Any]]:
-        parameters = inspect.signature(getattr(lora, name)).parameters.values()
-        # enable_lora's default is a list there and a tuple here.
-        return [
-            (p.name, list(p.default) if p.name == "enable_lora" else p.default)
-            for p in parameters
-            if p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
-
-    assert arguments(fused_lora) == arguments(loralib)
-
-
-@both
-@every_kind
-def test_attributes(lora: ModuleType, kind: str, on_device: None) -> None:
-    layer = build(lora, kind, merge_weights=False)
-    assert (layer.r, layer.lora_alpha, layer.scaling) == (2, 4, 2.0)
-    assert layer.merged is False and layer.merge_weights is False
-    x = inputs(kind)
-    assert layer.lora_dropout(x) is x
-    if kind != "Embedding":
-        dropout = build(lora, kind, lora_dropout=0.25).lora_dropout
-        assert isinstance(dropout, nn.Dropout) and dropout.p == 0.25
-    if "Linear" in kind:
-        assert layer.fan_in_fan_out is kind.endswith("transposed")
-    if kind.startswith("MergedLinear"):
-        assert list(layer.enable_lora) == SIZES[kind][2]["enable_lora"]
-        assert layer.lora_ind.dtype == torch.bool and layer.lora_ind.shape == (6,) and not list(layer.buffers())
-        # The outputs that an adapter reaches, whatever its values.
-        for parameter in adapter(layer):
-            nn.init.ones_(parameter)
-        update = update_of(layer)
-        assert torch.equal((update.T if layer.fan_in_fan_out else update).any(1), layer.lora_ind)
-    if kind.startswith("Conv"):
-        assert isinstance(layer.conv, getattr(nn, kind[:6]))
-
-
-SHAPES = {
-    "Linear": ((6, 4), (2, 4), (6, 2)),
-    "Linear-transposed": ((4, 6), (2, 4), (6, 2)),
-    "MergedLinear": ((6, 4), (4, 4), (4, 2)),
-    "MergedLinear-transposed": ((4, 6), (2, 4), (3, 2)),
-    "Embedding": ((7, 6), (2, 7), (6, 2)),
-    "Conv1d": ((4, 2, 1), (2, 2), (4, 2)),
-    "Conv2d": ((4, 2, 3, 3), (6, 6), (12, 6)),
-    "Conv2d-groups": ((4, 1, 3, 3), (6, 6), (6, 6)),
-    "Conv3d": ((4, 2, 1, 1, 1), (2, 2), (4, 2)),
-}
-
-
-@both
-@every_kind
-def test_shapes_keys_their_order_and_freezing(lora: ModuleType, kind: str, on_device: None) -> None:
-    layer = build(lora, kind)
-    keys = ["weight", "bias", "lora_A", "lora_B"]
-    if kind == "Embedding":
-        keys.remove("bias")
-    if kind.startswith("Conv"):
-        keys = ["lora_A", "lora_B", "conv.weight", "conv.bias"]
-    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()] == keys
-    assert (weight_of(layer).shape, layer.lora_A.shape, layer.lora_B.shape) == SHAPES[kind]
-    assert weight_of(layer).is_contiguous() is not kind.endswith("transposed")
-    frozen = [name for name, parameter in layer.named_parameters() if not parameter.requires_grad]
-    assert frozen == [key for key in keys if key.endswith("weight")]
-
-
-@both
-@every_kind
-@pytest.mark.parametrize("merge_weights", [True, False])
-def test_eval_merges_and_train_unmerges_unless_told_not_to(
-    merge_weights: bool, lora: ModuleType, kind: str, on_device: None
-) -> None:
-    layer, x = filled(lora, kind, merge_weights=merge_weights), inputs(kind)
-    base, update = weight_of(layer).detach().clone(), update_of(layer)
-    assert update.any()
-    for mode in (True, False, False, True, True, False):
-        layer.train(mode)
-        assert layer.merged is (merge_weights and not mode)
-        assert torch.equal(weight_of(layer), base + update if layer.merged else base)
-        assert torch.equal(output(layer, x), plain(layer, base + update, x))
-
-
-INITIAL = {
-    "Linear": ("Linear", (11, 7), {}),
-    "Linear-transposed": ("Linear", (11, 7), {"fan_in_fan_out": True}),
-    "Linear-no-bias": ("Linear", (11, 7), {"bias": False}),
-    **{
-        f"MergedLinear-{enable_lora}-{transposed}": (
-            "MergedLinear",
-            (11, 6),
-            {"enable_lora": enable_lora, "fan_in_fan_out": transposed},
-        )
-        for enable_lora in ([True], [True, False, True], [False, True], [True, True, True])
-        for transposed in (False, True)
-    },
-    "Embedding": ("Embedding", (13, 5), {}),
-    "Embedding-padded": ("Embedding", (13, 5), {"padding_idx": 3}),
-    "Conv2d": ("Conv2d", (4, 6, 3), {}),
-    "Conv2d-groups": ("Conv2d", (4, 6, 3), {"groups": 2}),
-    "Conv2d-no-bias": ("Conv2d", (4, 6, 1), {"bias": False}),
-}
-
-
-@pytest.mark.parametrize("r", [0, 1, 3])
-@pytest.mark.parametrize("name", INITIAL)
-def test_the_same_seed_draws_loralibs_values(name: str, r: int, on_device: None) -> None:
-    cls, sizes, options = INITIAL[name]
-    drawn = []
-    for lora in (fused_lora, loralib):
-        torch.manual_seed(7)
-        # Two, and what comes after them: a draw too few or too many shows in the next.
-        layers = [getattr(lora, cls)(*sizes, r=r, **options) for _ in range(2)]
-        drawn.append([*nn.ModuleList(layers).state_dict().items(), ("next", torch.rand(3))])
-    for (key, mine), (other_key, other) in zip(*drawn, strict=True):
-        assert key == other_key and mine.stride() == other.stride() and torch.equal(mine, other), key
-
-
-@both
-@every_kind
-def test_rank_0_has_no_adapter_but_still_says_merged(lora: ModuleType, kind: str, on_device: None) -> None:
-    layer, x = filled(lora, kind, r=0), inputs(kind)
-    assert not any(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling"))
-    assert all(parameter.requires_grad for parameter in layer.parameters())
-    base = weight_of(layer).detach().clone()
-    for mode in (False, True):
-        layer.train(mode)
-        assert layer.merged is not mode
-        assert torch.equal(weight_of(layer), base) and torch.equal(output(layer, x), plain(layer, base, x))
-    layer.merge_weights = False
-    layer.eval()
-    assert layer.merged is False
-
-
-@both
-def test_an_unknown_bias_is_not_implemented(lora: ModuleType) -> None:
-    for name in FUNCTIONS:
-        with pytest.raises(NotImplementedError):
-            getattr(lora, name)(nn.Sequential(build(lora, "Linear")), "some")

@@ -3,95 +3,36 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from mergeable import (
+    DTYPES,
+    HALVES,
+    TFT,
+    R,
+    assert_same_bits,
+    assert_same_entries,
+    build,
+    entries,
+    every_layer,
+    few_layers,
+    make_x,
+    owner,
+    redraw_adapter,
+    torch_saved,
+)
 from numerics import assert_as_accurate_as
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fused_lora
-from fused_lora import Conv1d, Conv2d, Conv3d, Embedding, Linear, MergedLinear, merged_state_dict
+from fused_lora import Conv1d, Conv2d, Conv3d, Embedding, Linear, MergedLinear
 
-R, ALPHA = 2, 3.0
-TFT = [True, False, True]
-LAYERS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
-    "Linear": (Linear, (5, 7), {}),
-    "Linear-fan_in_fan_out": (Linear, (5, 7), {"fan_in_fan_out": True}),
-    "MergedLinear": (MergedLinear, (5, 9), {"enable_lora": TFT}),
-    "MergedLinear-fan_in_fan_out": (MergedLinear, (5, 9), {"enable_lora": TFT, "fan_in_fan_out": True}),
-    "Embedding": (Embedding, (11, 5), {}),
-    "Conv1d": (Conv1d, (3, 4, 3), {}),
-    "Conv2d-groups=2": (Conv2d, (4, 6, 3), {"groups": 2}),
-    "Conv3d": (Conv3d, (2, 3, 2), {}),
-}
-FEW = ["Linear", "MergedLinear-fan_in_fan_out", "Embedding", "Conv2d-groups=2"]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-HALVES = [torch.float16, torch.bfloat16]
-X_SHAPES = {"Linear": (2, 3, 5), "MergedLinear": (2, 3, 5), "Conv1d": (2, 3, 7), "Conv2d": (2, 4, 6, 5)}
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-every_layer = pytest.mark.parametrize("name", LAYERS)
-few_layers = pytest.mark.parametrize("name", FEW)
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
-    ],
-)
 # Many tests call a merged layer with gradients enabled; that it warns is test_linear.py's subject.
 pytestmark = pytest.mark.filterwarnings("ignore:A merged fused_lora layer")
-
-
-def build(name: str, device: str, **options: Any) -> Any:
-    """A layer of LAYERS whose adapter weighs as much as its base."""
-    cls, sizes, its_own = LAYERS[name]
-    layer = cls(*sizes, **{"r": R, "lora_alpha": ALPHA, "device": device} | its_own | options)
-    redraw_adapter(layer)
-    return layer
-
-
-def redraw_adapter(module: nn.Module) -> None:
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            if "lora_" in key:
-                parameter.normal_()
-
-
-def make_x(name: str, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    if name == "Embedding":
-        return torch.randint(11, (3, 4), device=device)
-    return torch.randn(X_SHAPES.get(name.partition("-")[0], (2, 2, 4, 3, 5)), device=device, dtype=dtype)
-
-
-def owner(layer: Any) -> Any:
-    """The module that has the weight."""
-    return getattr(layer, "conv", layer)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.device == expected.device, what
-    changed = int((bits(actual) != bits(expected)).sum())
-    assert changed == 0, f"{what}: {changed} of {actual.numel()} elements have other bits"
-
-
-def assert_same_entries(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    for key, tensor in actual.items():
-        assert_same_bits(tensor, expected[key], key)
-
-
-def entries(module: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
 
 
 def matrix_product(layer: Any, A: Tensor, B: Tensor) -> Tensor:
@@ -419,13 +360,6 @@ def test_a_merged_layer_loads_from_meta_by_assignment(name: str, device: str) ->
     assert_same_entries(layer.train().state_dict(), source.state_dict())
 
 
-def torch_saved(module: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 @pytest.mark.parametrize(
     "duplicate",
     [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), torch_saved],
@@ -448,247 +382,6 @@ def test_a_copy_of_a_merged_layer_is_merged_and_its_own(
     assert not any(tensor.any() for tensor in copied.train().state_dict().values())
 
 
-def tied(kind: str, device: str) -> tuple[Any, nn.Module, list[Tensor]]:
-    """The layer to merge, the module that shares its weight, and inputs of the two."""
-    torch.manual_seed(1)
-    if kind == "two Linear":
-        first, second = Linear(5, 7, r=R, device=device), Linear(5, 7, r=R, device=device)
-        second.weight = first.weight
-    elif kind == "Embedding and head":
-        first, second = Embedding(11, 5, r=R, device=device), nn.Linear(5, 11, bias=False, device=device)
-        second.weight = first.weight
-    elif kind == "Conv2d and plain":
-        first, second = Conv2d(2, 3, 3, r=R, device=device), nn.Conv2d(2, 3, 3, device=device)
-        second.weight = first.conv.weight
-    else:
-        table = torch.randn(9, 5, device=device)
-        first, second = Linear(5, 7, r=R, device=device), Linear(5, 7, r=R, device=device)
-        # Overlapping: rows 2 to 6 are both layers'.
-        first.weight, second.weight = (nn.Parameter(rows, requires_grad=False) for rows in (table[:7], table[2:]))
-    redraw_adapter(first), redraw_adapter(second)
-    x = torch.randint(11, (4,), device=device) if isinstance(first, Embedding) else None
-    shape = (2, 2, 5, 5) if isinstance(second, nn.Conv2d) else (4, 5)
-    x2 = torch.randn(shape, device=device)
-    return first, second, [x2 if x is None else x, x2]
-
-
-TIES = ["two Linear", "Embedding and head", "Conv2d and plain", "views of one tensor"]
-
-
-@pytest.mark.parametrize("kind", TIES)
-def test_merging_one_of_two_tied_layers_changes_nothing_for_the_other(kind: str, device: str) -> None:
-    first, second, (x1, x2) = tied(kind, device)
-    unmerged1, expected = first(x1).detach(), second(x2).detach()
-    base1, base2 = owner(first).weight, second.weight
-    bits1, bits2 = base1.detach().clone(), base2.detach().clone()
-    first.eval()
-    assert second.weight is base2
-    assert_same_bits(second.weight, bits2, "the other's weight")
-    assert_same_bits(second(x2), expected, "the other's output")
-    first.train()
-    assert owner(first).weight is base1 and second.weight is base2
-    assert_same_bits(base1, bits1)
-    assert_same_bits(first(x1), unmerged1, "own output after train()")
-
-
-@pytest.mark.parametrize("order", ["first in first out", "last in first out"])
-@pytest.mark.parametrize("kind", ["two Linear", "views of one tensor"])
-def test_two_tied_layers_merged_at_once_unmerge_in_any_order(kind: str, order: str, device: str) -> None:
-    first, second, (x1, x2) = tied(kind, device)
-    outputs, weights = (first(x1).detach(), second(x2).detach()), (first.weight, second.weight)
-    before = [weight.detach().clone() for weight in weights]
-    alone = [copy.deepcopy(layer).eval() for layer in (first, second)]
-    first.eval(), second.eval()
-    assert_same_bits(first(x1), alone[0](x1), "the first's merged output")
-    assert_same_bits(second(x2), alone[1](x2), "the second's merged output")
-    for layer in (first, second) if order.startswith("first") else (second, first):
-        layer.train()
-    assert first.weight is weights[0] and second.weight is weights[1]
-    assert_same_bits(first.weight, before[0])
-    assert_same_bits(second.weight, before[1])
-    assert_same_bits(first(x1), outputs[0])
-    assert_same_bits(second(x2), outputs[1])
-
-
-@pytest.mark.parametrize(
-    "change", [lambda m: m.double(), copy.deepcopy, torch_saved], ids=["double", "deepcopy", "save"]
-)
-@pytest.mark.parametrize("kind", ["two Linear", "Embedding and head"])
-def test_a_tie_outlives_casting_and_copying_while_merged(
-    kind: str, change: Callable[[nn.Module], nn.Module], device: str
-) -> None:
-    first, second, _ = tied(kind, device)
-    model = nn.ModuleList([first, second]).eval()
-    changed = change(model).train()
-    assert changed[0].weight is changed[1].weight
-
-
-@pytest.mark.parametrize("kept", ["both", "the first's", "the second's"])
-@pytest.mark.parametrize("kind", ["two Linear", "Embedding and head"])
-def test_loading_tied_weights_while_merged_reaches_both(kind: str, kept: str, device: str) -> None:
-    """Checkpoints of tied models (safetensors') often hold the weight under one of its two names."""
-    first, second, (x1, x2) = tied(kind, device)
-    model = nn.ModuleList([first, second])
-    state = {key: torch.randn_like(tensor) for key, tensor in model.state_dict().items()}
-    state["1.weight"] = state["0.weight"]
-    if kept != "both":
-        state.pop("1.weight" if kept == "the first's" else "0.weight")
-    unmerged = copy.deepcopy(model)
-    for loading in (model.eval(), unmerged):
-        loading.load_state_dict(state, strict=False)
-    unmerged.eval()
-    with torch.no_grad():
-        assert_same_bits(first(x1), unmerged[0](x1), "the first's output")
-        assert_same_bits(second(x2), unmerged[1](x2), "the second's output")
-    assert_same_entries(model.state_dict(), unmerged.state_dict())
-
-
-def test_requires_grad_set_through_a_tied_head_while_merged_survives_unmerging(device: str) -> None:
-    embedding, head, _ = tied("Embedding and head", device)
-    embedding.eval()
-    head.weight.requires_grad_(True)
-    embedding.train()
-    assert head.weight.requires_grad
-
-
-@pytest.mark.parametrize("then", ["eval", "eval-train"])
-@every_layer
-def test_a_graph_built_before_eval_gives_the_same_gradients_after_it(name: str, then: str, device: str) -> None:
-    layer = build(name, device)
-    layer.requires_grad_(True)
-    x = make_x(name, device)
-    if x.is_floating_point():
-        x.requires_grad_()
-    y = layer(x)
-    dy = torch.randn_like(y)
-    wanted = [p for p in (x, *layer.parameters()) if p.requires_grad]
-    expected = torch.autograd.grad(y, wanted, dy, retain_graph=True)
-    layer.eval()
-    if then != "eval":
-        layer.train()
-    for actual, other in zip(torch.autograd.grad(y, wanted, dy), expected, strict=True):
-        # Not bit for bit: cuDNN may add in another order.
-        torch.testing.assert_close(actual, other)
-
-
-@every_layer
-def test_the_base_collects_gradients_of_both_sides_of_an_evaluation(name: str, device: str) -> None:
-    """An evaluation in the middle of gradient accumulation, of a layer whose base is trained, too."""
-    layers = [build(name, device)]
-    layers.append(copy.deepcopy(layers[0]))
-    x = make_x(name, device)
-    for layer, evaluates in zip(layers, (True, False), strict=True):
-        layer.requires_grad_(True)
-        layer(x).sum().backward()
-        if evaluates:
-            with torch.no_grad():
-                layer.eval()(x)
-            layer.train()
-        layer(x).sum().backward()
-    for (key, mine), other in zip(layers[0].named_parameters(), layers[1].parameters(), strict=True):
-        # Not bit for bit: cuDNN may add in another order.
-        torch.testing.assert_close(mine.grad, other.grad, msg=key)
-
-
-@pytest.mark.parametrize("where", ["inside", "outside"])
-@every_layer
-def test_merging_in_inference_mode_leaves_a_layer_that_can_be_differentiated(
-    name: str, where: str, device: str
-) -> None:
-    layer = build(name, device)
-    twin = copy.deepcopy(layer).eval()
-    base = owner(layer).weight
-    with torch.inference_mode():
-        layer.eval()(make_x(name, device))
-        if where == "inside":
-            layer.train()
-            layer.eval()
-    assert not owner(layer).weight.is_inference() and not base.is_inference()
-    x = make_x(name, device)
-    if x.is_floating_point():
-        for module in (layer, twin):
-            for p in module.parameters():
-                p.requires_grad_(False)
-        xs = [x.clone().requires_grad_() for _ in range(2)]
-        layer(xs[0]).square().sum().backward()
-        twin(xs[1]).square().sum().backward()
-        torch.testing.assert_close(xs[0].grad, xs[1].grad)  # As above.
-        layer.lora_A.requires_grad_(True), layer.lora_B.requires_grad_(True)
-    with torch.inference_mode() if where == "inside" else torch.no_grad():
-        layer.train()
-    assert owner(layer).weight is base and not base.is_inference()
-    layer(make_x(name, device)).sum().backward()
-    assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
-
-
-@pytest.mark.parametrize("place", ["cpu", CUDA])
-@every_layer
-def test_a_base_kept_on_the_cpu_while_merged_comes_back_bit_for_bit(name: str, place: str) -> None:
-    layer = build(name, place, dtype=torch.bfloat16)
-    layer.merged_base_device = "cpu"
-    twin = copy.deepcopy(layer)
-    twin.merged_base_device = None
-    base = owner(layer).weight
-    expected, stride, x = base.detach().clone(), base.stride(), make_x(name, place, torch.bfloat16)
-    twin.eval()
-    for _ in range(3):
-        layer.eval()
-        assert layer.base_weight is base and base.device.type == "cpu" and owner(layer).weight.device.type == place
-        assert_same_bits(owner(layer).weight, owner(twin).weight, "merged weight")
-        assert_same_bits(layer.state_dict()[next(k for k in layer.state_dict() if "weight" in k)].to(place), expected)
-        with torch.no_grad():
-            assert_same_bits(layer(x), twin(x), "output")
-        layer.train()
-        assert owner(layer).weight is base and base.stride() == stride
-        assert_same_bits(base, expected, "base")
-
-
-@pytest.mark.parametrize("place", ["cpu", CUDA])
-@few_layers
-def test_a_base_kept_on_the_cpu_follows_loads_casts_and_copies(name: str, place: str) -> None:
-    layer, source = build(name, place), build(name, place)
-    layer.merged_base_device = "cpu"
-    layer.eval().load_state_dict(source.state_dict())
-    merged = owner(copy.deepcopy(source).eval()).weight
-    assert_same_bits(owner(layer).weight, merged, "after a load")
-    assert layer.base_weight.device.type == "cpu"
-    assert_same_bits(layer.merged_weight(), merged, "merged_weight() of a merged layer")
-    copied = copy.deepcopy(layer)
-    assert_same_entries(copied.train().state_dict(), source.state_dict())
-    layer.double()
-    assert layer.base_weight.device.type == "cpu" and owner(layer).weight.device.type == place
-    assert_same_entries(layer.train().state_dict(), source.double().state_dict())
-
-
-@pytest.mark.parametrize("place", ["cpu", CUDA])
-@few_layers
-def test_a_base_kept_on_the_cpu_is_trainable_after_inference_mode(name: str, place: str) -> None:
-    layer = build(name, place)
-    layer.merged_base_device = "cpu"
-    with torch.inference_mode():
-        layer.eval().train()
-        layer.eval()
-    layer.train()
-    assert not owner(layer).weight.is_inference()
-    layer(make_x(name, place)).square().sum().backward()
-    assert layer.lora_A.grad is not None
-
-
-@every_layer
-def test_merge_weights_false_never_merges(name: str, device: str) -> None:
-    layer = build(name, device, merge_weights=False)
-    base, x = owner(layer).weight, make_x(name, device)
-    expected, trained = base.detach().clone(), layer(x).detach()
-    layer.eval()
-    assert not layer.merged and owner(layer).weight is base and layer.base_weight is base
-    assert_same_bits(layer(x), trained, "output in eval mode")
-    layer(x).sum().backward()
-    assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
-    layer.load_state_dict(layer.state_dict())
-    assert not layer.merged and owner(layer.to(torch.bfloat16).float()).weight is base
-    assert_same_bits(layer.train().base_weight, expected.to(torch.bfloat16).float())
-
-
 @pytest.mark.parametrize("options", [{"r": 0}, {"enable_lora": [False] * 3}], ids=["r=0", "no-slice"])
 @every_layer
 def test_a_layer_without_adapter_only_says_that_it_is_merged(name: str, options: dict[str, Any], device: str) -> None:
@@ -707,146 +400,3 @@ def test_a_layer_without_adapter_only_says_that_it_is_merged(name: str, options:
     layer(x).sum().backward()
     assert weight.grad is not None
     assert copy.deepcopy(layer).double().merged
-
-
-@pytest.mark.parametrize("wanted", [False, True])
-@every_layer
-def test_requires_grad_set_while_merged_survives_unmerging(name: str, wanted: bool, device: str) -> None:
-    model = nn.Sequential(build(name, device))
-    model.requires_grad_(not wanted).eval()
-    assert owner(model[0]).weight.requires_grad != wanted
-    model.requires_grad_(wanted)
-    assert all(p.requires_grad == wanted for p in model.parameters())
-    model.train()
-    assert all(p.requires_grad == wanted for p in model.parameters())
-
-
-@every_layer
-def test_mark_only_lora_as_trainable_acts_on_a_merged_model(name: str, device: str) -> None:
-    model = nn.Sequential(build(name, device)).requires_grad_(True).eval()
-    fused_lora.mark_only_lora_as_trainable(model)
-    model.train()
-    assert {key for key, p in model.named_parameters() if p.requires_grad} == {"0.lora_A", "0.lora_B"}
-
-
-def test_an_optimizer_made_before_eval_trains_the_base_after_train(device: str) -> None:
-    layer = build("Linear", device).requires_grad_(True)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    layer.eval().train()
-    before = layer.weight.detach().clone()
-    layer(make_x("Linear", device)).sum().backward()
-    optimizer.step()
-    assert_same_bits(layer.weight, before - 0.5 * layer.weight.grad)
-
-
-class InByOut(nn.Module):
-    """What fan_in_fan_out replaces: GPT-2's Conv1D, a linear layer whose weight is (in_features, out_features)."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        # Strided as fan_in_fan_out's is: BLAS rounds differently for another layout.
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).T)
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.T, self.bias)
-
-
-def plain(name: str) -> nn.Module:
-    """torch's own layer of a name in LAYERS."""
-    cls, sizes, options = LAYERS[name]
-    if options.get("fan_in_fan_out"):
-        return InByOut(*sizes)
-    if cls is MergedLinear:
-        return nn.Linear(*sizes)
-    return getattr(nn, cls.__name__)(*sizes, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["train", "eval", "never merged"])
-@every_layer
-def test_merged_state_dict_makes_the_plain_layer_compute_the_same_bits(
-    name: str, mode: str, dtype: torch.dtype, device: str
-) -> None:
-    layer = build(name, device, dtype=dtype, merge_weights=mode != "never merged").train(mode == "train")
-    before, weight, was_merged = entries(layer), owner(layer).weight, layer.merged
-    own = {tensor.data_ptr() for tensor in layer.state_dict().values()}
-    state = merged_state_dict(layer)
-    for key, tensor in state.items():
-        assert not tensor.requires_grad
-        assert (tensor.data_ptr() in own) == key.endswith("bias") and tensor.data_ptr() != weight.data_ptr()
-    nested = merged_state_dict(nn.Sequential(nn.Identity(), nn.Sequential(layer)))
-    assert_same_entries(nested, {f"1.0.{key}": tensor for key, tensor in state.items()})
-    target = plain(name).to(device, dtype)
-    target.load_state_dict(state, strict=True)
-    assert owner(layer).weight is weight and layer.merged == was_merged and layer.training == (mode == "train")
-    assert_same_entries(entries(layer), before)
-    merged, x = copy.deepcopy(layer), make_x(name, device, dtype)
-    merged.merge_weights = True
-    # torch takes another matrix product, which rounds differently, for weights that require a gradient.
-    merged.eval().requires_grad_(False), target.requires_grad_(False)
-    assert_same_bits(target(x), merged(x), "output")
-
-
-class Language(nn.Module):
-    """A model of every kind of layer, LoRA's or plain, with a head tied to the embedding and a block used twice."""
-
-    def __init__(self, embedding: nn.Module, qkv: nn.Module, conv: nn.Module, out: nn.Module, tie: bool) -> None:
-        super().__init__()
-        self.embedding, self.norm = embedding, nn.BatchNorm1d(5)
-        self.block = nn.ModuleDict({"qkv": qkv, "conv": nn.Sequential(conv)})
-        self.again = self.block["qkv"]
-        self.conv = out
-        self.head = nn.Linear(5, 11, bias=False)
-        if tie:
-            self.head.weight = embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.norm(self.embedding(tokens).transpose(1, 2)).transpose(1, 2)
-        q, k, v = self.block["qkv"](x).chunk(3, -1)
-        x = q * k + self.again(v).chunk(3, -1)[0]
-        images = self.block["conv"](x.unflatten(-1, (1, 5)).transpose(1, 2))
-        return self.head(self.conv(images.flatten(1, 2)))
-
-
-def language_model(device: str) -> Language:
-    adapter = {"r": R, "lora_alpha": ALPHA}
-    return Language(
-        Embedding(11, 5, **adapter),
-        MergedLinear(5, 15, enable_lora=TFT, **adapter),
-        Conv2d(1, 2, 3, padding=1, **adapter),
-        Conv1d(8, 4, 1, **adapter),
-        tie=True,
-    ).to(device)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_merged_state_dict_of_a_whole_model(training: bool, device: str) -> None:
-    model = language_model(device)
-    redraw_adapter(model)
-    tokens = torch.randint(11, (3, 4), device=device)
-    with torch.no_grad():
-        model(tokens)  # Moves BatchNorm's statistics off their start.
-    before = entries(model)
-    model.train(training)
-    # Untied: the merged embedding is no longer the head's weight.
-    target = Language(
-        nn.Embedding(11, 5), nn.Linear(5, 15), nn.Conv2d(1, 2, 3, padding=1), nn.Conv1d(8, 4, 1), tie=False
-    ).to(device)
-    state = merged_state_dict(model)
-    target.load_state_dict(state, strict=True)
-    assert not any("lora_" in key for key in state)
-    assert_same_bits(state["again.weight"], state["block.qkv.weight"])
-    assert_same_bits(state["head.weight"], before["head.weight"])
-    assert model.head.weight is model.embedding.base_weight
-    assert_same_entries(entries(model), before)
-    # Frozen for the reason given above.
-    model.eval().requires_grad_(False), target.eval().requires_grad_(False)
-    assert_same_bits(target(tokens), model(tokens), "logits")
-
-
-def test_merged_state_dict_of_a_model_without_lora_is_its_state_dict(device: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1)).to(device)
-    state = merged_state_dict(model)
-    assert list(state) == list(model.state_dict())
-    assert all(tensor.data_ptr() == state[key].data_ptr() for key, tensor in model.state_dict().items())
