@@ -3,14 +3,17 @@
 Under load a large GPU runs at its power limit and lowers its clock; after an idle moment it is faster for a while.
 `sustained` warms every candidate up for half a window and shuffles the order each round, so that nobody profits from
 following a light neighbour. `burst` times a few replays after a pause.
+
+A CPU is taken too, so that the benchmarks can be tried where there is no GPU; its times mean nothing.
 """
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -50,7 +53,13 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def run_ms(call: Callable[[], object], times: int) -> float:
+def run_ms(call: Callable[[], object], times: int, device: str = "cuda") -> float:
+    """Milliseconds per call of `times` calls in a row; on a GPU, between events on its stream."""
+    if device == "cpu":
+        began = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - began) * 1e3 / times
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(times):
@@ -60,41 +69,75 @@ def run_ms(call: Callable[[], object], times: int) -> float:
     return float(start.elapsed_time(stop)) / times
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int = ROUNDS, *, graphs: bool = True) -> dict[str, Timing]:
-    """Times every step, in sustained state and in bursts; as a CUDA graph, or as it is called."""
-    calls = {name: capture(step).replay if graphs else step for name, step in steps.items()}
+def measure(
+    steps: dict[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    *,
+    graphs: bool = True,
+    as_called: Collection[str] = (),
+    window_ms: float = WINDOW_MS,
+    burst_rounds: int | None = None,
+    device: str = "cuda",
+) -> dict[str, Timing]:
+    """Times every step, in sustained state and in bursts; as a CUDA graph, or as it is called.
+
+    as_called: names of the steps that cannot be captured and are called as they are beside the others' graphs.
+    burst_rounds: None is as many as rounds; with 0 the timings have no bursts.
+    """
+
+    def prepared(name: str) -> Callable[[], object]:
+        captured = graphs and name not in as_called and device != "cpu"
+        return capture(steps[name]).replay if captured else steps[name]
+
+    calls = {name: prepared(name) for name in steps}
     for call in calls.values():
-        run_ms(call, 2)
-    counts = {name: max(2, round(WINDOW_MS / run_ms(call, 3))) for name, call in calls.items()}
+        run_ms(call, 2, device)
+    counts = {name: max(2, round(window_ms / run_ms(call, 3, device))) for name, call in calls.items()}
     timings = {name: Timing() for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            run_ms(calls[name], max(1, counts[name] // 2))
-            timings[name].sustained.append(run_ms(calls[name], counts[name]))
-    for _ in range(rounds):
+            run_ms(calls[name], max(1, counts[name] // 2), device)
+            timings[name].sustained.append(run_ms(calls[name], counts[name], device))
+    for _ in range(rounds if burst_rounds is None else burst_rounds):
         shuffle(order)
         for name in order:
-            torch.cuda.synchronize()
+            synchronize(device)
             time.sleep(0.1)
-            run_ms(calls[name], 1)
-            timings[name].burst.append(run_ms(calls[name], 3))
+            run_ms(calls[name], 1, device)
+            timings[name].burst.append(run_ms(calls[name], 3, device))
     return timings
 
 
-def machine_header(commit: str | None = None) -> dict[str, str]:
+def synchronize(device: str) -> None:
+    """Waits until the device has done what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def release_memory(device: str) -> None:
+    """Gives what dropped graphs and tensors held back to the GPU; a graph's memory is of no use to the next one."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def machine_header(commit: str | None = None, device: str = "cuda") -> dict[str, str]:
     """GPU, driver, torch, triton and commit, to head every result file."""
     import triton
 
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    gpu, driver = "none; times on a CPU mean nothing", "none"
+    if device != "cpu":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        gpu = torch.cuda.get_device_name(device)
     if commit is None:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": gpu,
         "driver": driver,
         "cuda": torch.version.cuda or "none",
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The command line: `fused-lora demo`, also as `python -m fused_lora demo`."""
+"""The command line: `fused-lora demo | merge | convert | inspect`, also as `python -m fused_lora ...`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
+from .cli_files import add_file_commands
+
 _DEMO_PACKAGES = ("sklearn", "matplotlib", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    argv: the arguments without the program's name; None takes sys.argv's. Raises SystemExit(2) for wrong ones.
+    argv: the arguments without the program's name; None takes sys.argv's. Raises SystemExit(2) for wrong ones. A
+    command that fails for what its files hold prints one sentence on stderr and returns 2.
     """
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(prog="fused-lora", description="LoRA layers as fused Triton kernels.")
@@ -28,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--device", choices=devices, default=devices[0], help="where to train")
     demo.add_argument("--output-dir", type=_directory, default="demo-output", help="gets loss.png and adapter.pt")
     demo.add_argument("--seed", type=_seed, default="0", help="fixes weights, data order and dropout")
+    demo.set_defaults(run=lambda asked: _demo(torch.device(asked.device), asked.output_dir, asked.seed))
+    add_file_commands(commands, devices)
     arguments = parser.parse_args(argv)
-    return _demo(torch.device(arguments.device), arguments.output_dir, arguments.seed)
+    code: int = arguments.run(arguments)
+    return code
 
 
 def _demo(device: torch.device, output_dir: Path, seed: int) -> int:

@@ -19,20 +19,30 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "unfused"]
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A path ("plain" torch, "reference" or "triton") and the reason for it, in words."""
+    """A path and the reason for it, in words.
 
-    path: Literal["plain", "reference", "triton"]
+    "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels. "unfused":
+    cuBLAS for every product, kernels for the masks.
+    """
+
+    path: Literal["plain", "reference", "triton", "unfused"]
     reason: str
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
+
+# Measured on Hopper; see benchmarks/NOTES.md.
+_FEWEST_ROWS = 1024
+_FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
+_WIDE = Choice("unfused", "cuBLAS takes less time for float32")
+_ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
 
 # For the whole process, as torch's own backend flags are: activation checkpointing runs forward again on autograd's
 # threads. Dynamo guards on a module's globals, so that compiled functions follow it.
@@ -61,7 +71,8 @@ def _checked(name: str, source: str) -> Backend:
 def use_backend(backend: Backend) -> Iterator[None]:
     """Within the block, and in the backward of what it computes, every layer of the process takes the given path.
 
-    backend: "reference" (plain PyTorch), "triton" (the kernels; raises where they cannot run) or "auto".
+    backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for masks; all
+        but linear layers take it as "triton"), or "auto". Raises where the kernels cannot run but must.
     Raises ValueError for any other name.
     """
     global _forced
@@ -96,20 +107,39 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     """The path for these tensors: the kernels wherever they run, the reference elsewhere.
 
     Warns, once per reason, where a GPU falls back to the reference unasked. Raises RuntimeError if the request is
-    "triton" and the kernels cannot run. A CPU takes the kernels only on request, in Triton's interpreter.
+    "triton" or "unfused" and the kernels cannot run. A CPU takes the kernels only on request, in Triton's interpreter.
     """
     if request == "reference":
         return Choice("reference", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
     obstacle = _obstacle(device, dtype, adapter_dtype)
-    if request == "triton" and obstacle is not None:
-        raise RuntimeError(f"The backend is forced to triton, but {obstacle}; expected a case the kernels take.")
+    if request not in ("auto", "reference") and obstacle is not None:
+        raise RuntimeError(f"The backend is forced to {request}, but {obstacle}; expected a case the kernels take.")
     if request == "auto" and obstacle is None and device.type == "cpu":
         return Choice("reference", "x is on the CPU, where the kernels run only in Triton's interpreter and on request")
+    if request == "unfused":
+        return Choice("unfused", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
     if obstacle is None:
         return Choice("triton", f"the kernels take {dtype} with {adapter_dtype} adapters on {device}")
     if device.type == "cuda":
         _warn_once(f"fused_lora takes the unfused reference path because {obstacle}.")
     return Choice("reference", obstacle)
+
+
+def choose_linear(
+    request: str, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, rows: int, *features: int
+) -> Choice:
+    """The path of a linear layer, or its backward, for this many rows and between these numbers of features.
+
+    Where both would run, the kernels or cuBLAS, whichever takes less time; as measured in benchmarks/NOTES.md.
+    """
+    choice = choose(request, device, dtype, adapter_dtype)
+    if request != "auto" or choice.path != "triton":
+        return choice
+    if rows < _FEWEST_ROWS:
+        return _FEW_ROWS
+    if dtype == torch.float32:
+        return _WIDE
+    return _ODD if any(size % 16 != 0 for size in features) else choice
 
 
 @lru_cache(maxsize=64)
@@ -139,7 +169,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dty
 def explain(layer: nn.Module, x: Tensor) -> Choice:
     """Says which path `layer(x)` would take now, and why, without computing anything.
 
-    layer: a fused_lora layer. x: its input, any shape; only device and dtype are read. A convolution itself is torch's
+    layer: a fused_lora layer. x: its input; only shape, device and dtype are read. A convolution itself is torch's
     in any case; the path is that of its effective weight.
     Raises TypeError if layer is no LoRA layer, and what the call itself would raise for a forced path.
     """
@@ -155,7 +185,9 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
         return choose(requested_backend(), weight.device, weight.dtype, lora_A.dtype)
     cast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     adapter_dtype = lora_A.dtype if cast is None or lora_A.dtype == torch.float32 else cast
-    return choose(requested_backend(), x.device, cast or x.dtype, adapter_dtype)
+    rows = x.numel() // max(1, layer.in_features)
+    features = layer.in_features, layer.out_features
+    return choose_linear(requested_backend(), x.device, cast or x.dtype, adapter_dtype, rows, *features)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

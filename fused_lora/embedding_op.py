@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import make_differentiable, path_of, register, without_autocast
+from .dispatch import choose, choose_linear
+from .ops import direct, make_differentiable, module_of, register, without_autocast
 
 _ARGUMENTS = (
     "Tensor indices, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, SymInt padding_idx, "
@@ -21,7 +22,7 @@ _ARGUMENTS = (
 def _forward(
     indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    path = path_of("embedding", options[-1], weight, lora_A.dtype)
+    path = module_of("embedding", choose(options[-1], weight.device, weight.dtype, lora_A.dtype))
     # F.embedding is not autocast either.
     with without_autocast(weight.device.type):
         y_xa: tuple[Tensor, Tensor] = path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)
@@ -38,6 +39,22 @@ def _fake_inference(indices: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
 
 def _fake_forward(indices: Tensor, weight: Tensor, lora_A: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _fake_inference(indices, weight), weight.new_empty((indices.shape[0], lora_A.shape[0]))
+
+
+def _grad_panels(
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    module = module_of("grad_panels", choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape))
+    panels = module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
+    dyb, db = (dy.new_empty(0) if panel is None else panel for panel in panels)
+    return dyb, db
+
+
+def _fake_grad_panels(
+    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    dyb = dy.new_empty(0 if lora_B is None else (dy.shape[0], lora_B.shape[1]))
+    return dyb, dy.new_empty(0) if xa is None else dy.new_empty((dy.shape[1], xa.shape[1]), dtype=dtype)
 
 
 class _LoRAEmbedding(torch.autograd.Function):
@@ -57,15 +74,14 @@ class _LoRAEmbedding(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
-        y, xa = torch.ops.fused_lora.lora_embedding_forward(
-            indices, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse, backend
-        )
+        forward = _forward if direct(indices, weight, lora_A) else torch.ops.fused_lora.lora_embedding_forward
+        y, xa = forward(indices, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse, backend)
         ctx.save_for_backward(
             indices if wants_da or wants_dw else None, lora_B if wants_da else None, xa if wants_db else None
         )
         ctx.lookup = weight.shape[0], padding_idx, scale_grad_by_freq
         ctx.sparse = sparse
-        ctx.panel_arguments = [True], scaling, lora_A.dtype, backend
+        ctx.panel_arguments = scaling, lora_A.dtype, backend
         ctx.adapter_dtype = lora_A.dtype
         ctx.set_materialize_grads(False)
         return y  # type: ignore[no-any-return]
@@ -80,7 +96,8 @@ class _LoRAEmbedding(torch.autograd.Function):
         dw = da = db = None
         with without_autocast(dy.device.type):
             if wants_da or wants_db:
-                dyb, db = torch.ops.fused_lora.lora_linear_grad_panels(dy, lora_B, xa, *ctx.panel_arguments)
+                panels = _grad_panels if direct(dy) else torch.ops.fused_lora.lora_embedding_grad_panels
+                dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
             if wants_da:
                 # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
                 # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
@@ -91,6 +108,22 @@ class _LoRAEmbedding(torch.autograd.Function):
         return None, dw, da, db if wants_db else None, *(None,) * 5
 
 
+def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
+    """The op of the same name, or what it would do, called directly; indices is one-dimensional and contiguous."""
+    tensors = (indices, weight, lora_A, lora_B)
+    if not direct(*tensors):
+        return torch.ops.fused_lora.lora_embedding(*tensors, *rest)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _LoRAEmbedding.apply(*tensors, *rest)  # type: ignore[no-any-return]
+    return _inference(*tensors, *rest)  # type: ignore[no-any-return]
+
+
 register(f"lora_embedding({_ARGUMENTS}) -> Tensor", _inference, _fake_inference)
 register(f"lora_embedding_forward({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
+register(
+    "lora_embedding_grad_panels(Tensor dy, Tensor? lora_B, Tensor? xa, float scaling, ScalarType dtype, str backend) "
+    "-> (Tensor, Tensor)",
+    _grad_panels,
+    _fake_grad_panels,
+)
 make_differentiable("lora_embedding", _LoRAEmbedding)

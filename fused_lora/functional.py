@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import embedding_op, linear_op, weight_op  # noqa: F401  (registers the ops)
+from . import embedding_op, linear_op, weight_op
 from .dispatch import autocast_dtype, requested_backend
 
 # A mask's counter holds column // 8 in 32 bits.
@@ -64,7 +64,7 @@ def lora_linear(
         # As nn.Dropout(1): the term is zero and so are its gradients, instead of missing ones.
         scaling, dropout_p = 0.0, 0.0
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y: Tensor = torch.ops.fused_lora.lora_linear(
+    y = linear_op.lora_linear(
         rows,
         weight,
         bias,
@@ -124,7 +124,7 @@ def lora_embedding(
     if lora_A.shape[0] == 0:
         return F.embedding(indices, weight, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
     padding = -1 if padding_idx is None else padding_idx % num_embeddings
-    y: Tensor = torch.ops.fused_lora.lora_embedding(
+    y = embedding_op.lora_embedding(
         indices.reshape(-1).contiguous(),
         weight,
         lora_A,
@@ -159,10 +159,7 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
         )
     _check_factors(weight, lora_A, lora_B, (columns, rows))
     _check_scaling(scaling)
-    effective: Tensor = torch.ops.fused_lora.lora_effective_weight(
-        weight, lora_A, lora_B, float(scaling), requested_backend()
-    )
-    return effective
+    return weight_op.lora_effective_weight(weight, lora_A, lora_B, float(scaling), requested_backend())
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from .kernels import adapter_grad, fused_linear, low_rank_update, panel
-from .reference import Dropout
+from .reference import Dropout, Kept
+
+_HERE: AbstractContextManager[object] = nullcontext()
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    # Triton launches on the current device, which need not be the tensor's.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def forward(
@@ -27,11 +31,11 @@ def forward(
     scaling: float,
     dropout: Dropout | None,
     enable_lora: Sequence[bool] = (True,),
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] and its panel xa [M, R], both in x.dtype."""
-    with _on(x):
-        xa = panel.panel(x, lora_A.T, scaling, dropout)
-        return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
+    with on(x):
+        xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
+        return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
 
 
 def grad_panels(
@@ -44,25 +48,53 @@ def grad_panels(
     enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor | None, Tensor | None]:
     """dyb [M, R] in dy.dtype where lora_B is given, db [N, R] in `dtype` where xa is."""
-    with _on(dy):
+    with on(dy):
         return adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, dropout: Dropout | None) -> Tensor:
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, kept: Kept | None) -> Tensor:
     """dx [M, K] in dy.dtype."""
-    with _on(dy):
-        return fused_linear.grad_input(dy, weight, dyb, lora_A, dropout)
+    with on(dy):
+        return fused_linear.grad_input(dy, weight, dyb, lora_A, kept)
 
 
-def grad_lora_A(dyb: Tensor, x: Tensor, *, dropout: Dropout | None, dtype: torch.dtype) -> Tensor:
+def grad_lora_A(dyb: Tensor, x: Tensor, *, kept: Kept | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`."""
-    with _on(x):
-        return adapter_grad.grad_lora_A(dyb, x, dropout, dtype)
+    with on(x):
+        return adapter_grad.grad_lora_A(dyb, x, kept, dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    *,
+    kept: Kept | None,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
+    with on(dy):
+        dyb, db = adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
+        if dyb is None:
+            return None, None, db
+        if weight is None or lora_A is None:
+            return None, None if x is None else adapter_grad.grad_lora_A(dyb, x, kept, dtype), db
+        if x is None or x.numel() == 0 or dy.numel() == 0:
+            da = None if x is None else adapter_grad.grad_lora_A(dyb, x, kept, dtype)
+            return fused_linear.grad_input(dy, weight, dyb, lora_A, kept), da, db
+        grad_lora_A = adapter_grad.GradLoraA(x, dyb.shape[1], kept, dtype)
+        dx = fused_linear.grad_input(dy, weight, dyb, lora_A, kept)
+        return dx, grad_lora_A.launch(dyb, beside=True), db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
     """weight + scaling * lora_B @ lora_A, [N, K], summed in float32 and rounded once to weight.dtype."""
-    with _on(weight):
+    with on(weight):
         return low_rank_update.effective_weight(weight, lora_A, lora_B, scaling)
 
 
@@ -70,5 +102,5 @@ def embedding(
     indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """y [M, D] and its panel xa [M, R], both in weight.dtype."""
-    with _on(weight):
+    with on(weight):
         return low_rank_update.embedding(indices, weight, lora_A, lora_B, scaling)

@@ -14,21 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import lib, make_differentiable, path_of, register, without_autocast
-from .reference import Dropout, dropout_threshold
+from .dispatch import choose_linear
+from .ops import direct, lib, make_differentiable, module_of, register, without_autocast
+from .reference import Dropout, Kept, dropout_threshold
 
 _FORWARD_ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, bool[] enable_lora, "
     "Tensor? seed, float scaling, float dropout_p, SymInt row_offset, SymInt column_offset, str backend"
 )
-_DROPOUT_ARGUMENTS = "Tensor? seed, float dropout_p, SymInt row_offset, SymInt column_offset, str backend"
-
-
-def _dropout(seed: Tensor | None, p: float, row_offset: int, column_offset: int) -> Dropout | None:
-    threshold = dropout_threshold(p)
-    if seed is None or threshold == 0:
-        return None
-    return Dropout(seed, threshold, row_offset, column_offset)
+_BACKWARD_ARGUMENTS = (
+    "Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? xa, Tensor? bits, "
+    "bool[] enable_lora, float scaling, float dropout_p, ScalarType dtype, str backend"
+)
 
 
 def _forward(
@@ -44,99 +41,99 @@ def _forward(
     row_offset: int,
     column_offset: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    dropout = _dropout(seed, dropout_p, row_offset, column_offset)
-    path = path_of("forward", backend, x, lora_A.dtype)
-    y_xa: tuple[Tensor, Tensor] = path.forward(
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, its panel xa, and the mask's bits; no bits without dropout."""
+    threshold = dropout_threshold(dropout_p)
+    dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold, row_offset, column_offset)
+    choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, len(x), *weight.shape)
+    y, xa, bits = module_of("forward", choice).forward(
         x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora
     )
-    return y_xa
+    return y, xa, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
 def _inference(x: Tensor, *arguments: Any) -> Tensor:
     return _forward(x, *arguments)[0]
 
 
-def _grad_panels(
+def _gradients(
     dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
     lora_B: Tensor | None,
     xa: Tensor | None,
+    bits: Tensor | None,
     enable_lora: Sequence[bool],
     scaling: float,
+    dropout_p: float,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    path = path_of("grad_panels", backend, dy, dtype)
-    dyb, db = path.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype, enable_lora=enable_lora)
-    return dy.new_empty(0) if dyb is None else dyb, dy.new_empty(0, dtype=dtype) if db is None else db
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
+    kept = None if bits is None else Kept(bits, 1 - dropout_threshold(dropout_p) / 65536)
+    features = [matrix.shape[1] for matrix in (dy, x, weight) if matrix is not None]
+    choice = choose_linear(backend, dy.device, dy.dtype, dtype, len(dy), *features)
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
+        dy, x, weight, lora_A, lora_B, xa, kept=kept, scaling=scaling, dtype=dtype, enable_lora=enable_lora
+    )
+    return gradients
 
 
-def _grad_input(
-    dy: Tensor,
-    weight: Tensor,
-    dyb: Tensor,
-    lora_A: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    row_offset: int,
-    column_offset: int,
-    backend: str,
-) -> Tensor:
-    dropout = _dropout(seed, dropout_p, row_offset, column_offset)
-    path = path_of("grad_input", backend, dy, lora_A.dtype)
-    dx: Tensor = path.grad_input(dy, weight, dyb, lora_A, dropout=dropout)
-    return dx
-
-
-def _grad_lora_A(
-    dyb: Tensor,
-    x: Tensor,
-    dtype: torch.dtype,
-    seed: Tensor | None,
-    dropout_p: float,
-    row_offset: int,
-    column_offset: int,
-    backend: str,
-) -> Tensor:
-    dropout = _dropout(seed, dropout_p, row_offset, column_offset)
-    path = path_of("grad_lora_A", backend, x, dtype)
-    da: Tensor = path.grad_lora_A(dyb, x, dropout=dropout, dtype=dtype)
-    return da
+def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """As an op: what is not wanted is empty."""
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in _gradients(dy, *arguments))
 
 
 def _fake_inference(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], lora_A.shape[0]))
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    drops = seed is not None and dropout_threshold(dropout_p) > 0
+    bits = x.new_empty((x.shape[0], (x.shape[1] + 7) // 8) if drops else 0, dtype=torch.uint8)
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], lora_A.shape[0])), bits
 
 
-def _fake_grad_panels(
+def _fake_backward(
     dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
     lora_B: Tensor | None,
     xa: Tensor | None,
+    bits: Tensor | None,
     enable_lora: Sequence[bool],
     scaling: float,
+    dropout_p: float,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    enabled, rows = sum(enable_lora), dy.shape[1] // len(enable_lora) * sum(enable_lora)
-    dyb = dy.new_empty(0 if lora_B is None else (dy.shape[0], enabled * lora_B.shape[1]))
-    db = dy.new_empty(0 if xa is None else (rows, xa.shape[1] // enabled), dtype=dtype)
-    return dyb, db
-
-
-def _fake_grad_input(dy: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    return dy.new_empty((dy.shape[0], weight.shape[1]))
-
-
-def _fake_grad_lora_A(dyb: Tensor, x: Tensor, dtype: torch.dtype, *arguments: Any) -> Tensor:
-    return x.new_empty((dyb.shape[1], x.shape[1]), dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    enabled = sum(enable_lora)
+    dx, da, db = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    if weight is not None and lora_A is not None and lora_B is not None:
+        dx = dy.new_empty((dy.shape[0], weight.shape[1]))
+    if x is not None and lora_B is not None:
+        da = dy.new_empty((enabled * lora_B.shape[1], x.shape[1]), dtype=dtype)
+    if xa is not None:
+        rows = dy.shape[1] // len(enable_lora) * enabled
+        db = dy.new_empty((rows, xa.shape[1] // enabled), dtype=dtype)
+    return dx, da, db
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves only what the wanted gradients read: x, the panel xa, the parameters and the seed; never a mask."""
+    """Saves only what the wanted gradients read: x, the panel xa, the parameters, and one bit per element of x."""
 
     @staticmethod
     def forward(
@@ -155,21 +152,21 @@ class _LoRALinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         wants_dx, wants_dw, _, wants_da, wants_db = ctx.needs_input_grad[:5]
-        y, xa = torch.ops.fused_lora.lora_linear_forward(
+        forward = _forward if direct(x, weight, lora_A) else torch.ops.fused_lora.lora_linear_forward
+        y, xa, bits = forward(
             x, weight, bias, lora_A, lora_B, enable_lora, seed, scaling, dropout_p, row_offset, column_offset, backend
         )
         wants_dyb = wants_dx or wants_da
+        drops = seed is not None and dropout_threshold(dropout_p) > 0
         ctx.save_for_backward(
             x if wants_da or wants_dw else None,
             weight if wants_dx else None,
             lora_A if wants_dx else None,
             lora_B if wants_dyb else None,
             xa if wants_db else None,
-            seed if wants_dyb else None,
+            bits if wants_dyb and drops else None,
         )
-        ctx.panel_arguments = enable_lora, scaling, lora_A.dtype, backend
-        ctx.adapter_dtype = lora_A.dtype
-        ctx.dropout_arguments = dropout_p, row_offset, column_offset, backend
+        ctx.arguments = enable_lora, scaling, dropout_p, lora_A.dtype, backend
         ctx.set_materialize_grads(False)
         return y  # type: ignore[no-any-return]
 
@@ -178,21 +175,29 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
-        x, weight, lora_A, lora_B, xa, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
-        ops, dx, dw, dbias, da, db = torch.ops.fused_lora, None, None, None, None, None
+        dx, dw, dbias, da, db = None, None, None, None, None
         with without_autocast(dy.device.type):
-            if lora_B is not None or wants_db:
-                dyb, db = ops.lora_linear_grad_panels(dy, lora_B, xa, *ctx.panel_arguments)
-            if wants_dx:
-                dx = ops.lora_linear_grad_input(dy, weight, dyb, lora_A, seed, *ctx.dropout_arguments)
-            if wants_da:
-                da = ops.lora_linear_grad_lora_A(dyb, x, ctx.adapter_dtype, seed, *ctx.dropout_arguments)
+            if wants_dx or wants_da or wants_db:
+                backward = _gradients if direct(dy, x, weight) else torch.ops.fused_lora.lora_linear_backward
+                wanted_x = x if wants_da else None
+                dx, da, db = backward(dy, wanted_x, weight, lora_A, lora_B, xa, bits, *ctx.arguments)
             if wants_dw:
                 dw = dy.T @ x
             if wants_dbias:
                 dbias = dy.sum(0)
-        return dx, dw, dbias, da, db if wants_db else None, *(None,) * 7
+        return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *(None,) * 7
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
+    """The op of the same name, or what it would do, called directly; x is two-dimensional."""
+    tensors = (x, weight, bias, lora_A, lora_B)
+    if not direct(*tensors) or torch.is_autocast_enabled(x.device.type):
+        return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _LoRALinear.apply(*tensors, *rest)  # type: ignore[no-any-return]
+    return _inference(*tensors, *rest)
 
 
 def _autocast(device_type: str) -> Any:
@@ -217,23 +222,8 @@ def _autocast(device_type: str) -> Any:
 
 
 register(f"lora_linear({_FORWARD_ARGUMENTS}) -> Tensor", _inference, _fake_inference)
-register(f"lora_linear_forward({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
-register(
-    "lora_linear_grad_panels(Tensor dy, Tensor? lora_B, Tensor? xa, bool[] enable_lora, float scaling, "
-    "ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    _grad_panels,
-    _fake_grad_panels,
-)
-register(
-    f"lora_linear_grad_input(Tensor dy, Tensor weight, Tensor dyb, Tensor lora_A, {_DROPOUT_ARGUMENTS}) -> Tensor",
-    _grad_input,
-    _fake_grad_input,
-)
-register(
-    f"lora_linear_grad_lora_A(Tensor dyb, Tensor x, ScalarType dtype, {_DROPOUT_ARGUMENTS}) -> Tensor",
-    _grad_lora_A,
-    _fake_grad_lora_A,
-)
+register(f"lora_linear_forward({_FORWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward)
+register(f"lora_linear_backward({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 make_differentiable("lora_linear", _LoRALinear)
 for _device_type in ("cpu", "cuda"):
     lib.impl("lora_linear", _autocast(_device_type), f"Autocast{_device_type.upper()}")

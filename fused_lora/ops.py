@@ -2,34 +2,47 @@
 
 A differentiable op has its autograd Function at its Autograd key, so that graphs and export see one op. Below that it
 is made of ops without gradients, each with a fake, so that a compiled backward holds exactly the gradients that are
-wanted. All of them choose their path (reference or kernels) when they run.
+wanted. All of them choose their path when they run. Where nobody watches, `direct`, the same implementations are called
+without their ops, which saves the dispatcher's time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import reference
-from .dispatch import autocast_dtype, choose, count
+from .dispatch import Choice, autocast_dtype, count
 
 lib = torch.library.Library("fused_lora", "DEF")
+_MODULES = {"reference": ".reference", "triton": ".fused", "unfused": ".unfused"}
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 
-def path_of(op: str, backend: str, tensor: Tensor, adapter_dtype: torch.dtype) -> ModuleType:
-    """reference.py or fused.py, which have the same functions; Triton is imported when it is first needed."""
-    path = choose(backend, tensor.device, tensor.dtype, adapter_dtype).path
-    count(op, path)
-    if path == "reference":
-        return reference
-    from . import fused
+def module_of(op: str, choice: Choice) -> ModuleType:
+    """The module of a path; they have the same functions. Triton is imported when it is first needed."""
+    count(op, choice.path)
+    return _module(choice.path)
 
-    return fused
+
+@lru_cache(maxsize=8)
+def _module(path: str) -> ModuleType:
+    return import_module(_MODULES[path], __package__)
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op would do nothing but call its implementation: nobody traces, and the tensors are plain ones."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

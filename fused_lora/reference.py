@@ -25,10 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 _WORD = 0xFFFFFFFF
 _ROUNDS = 7
 _SCRATCH_BLOCKS = 1 << 18
@@ -64,6 +66,25 @@ class Dropout:
             lanes = _lanes(self.seed, row[:, None], blocks[None, :])
             keep[start:stop] = lanes.flatten(1)[:, skip : skip + columns] >= self.threshold
         return keep
+
+    def kept(self, rows: int, columns: int) -> Kept:
+        """The same, as it is saved for backward."""
+        blocks = (columns + 7) // 8
+        whole_bytes = self.mask(rows, 8 * blocks).view(rows, blocks, 8)
+        values = torch.tensor(_BITS, dtype=torch.uint8, device=whole_bytes.device)
+        return Kept((whole_bytes * values).sum(2, dtype=torch.uint8), self.keep_probability)
+
+
+class Kept(NamedTuple):
+    """A mask's bits, uint8 [M, ceil(K / 8)], of which bit j of byte i is column 8 * i + j, and q."""
+
+    bits: Tensor
+    keep_probability: float
+
+    def mask(self, columns: int) -> Tensor:
+        """keep, bool [M, columns]."""
+        values = torch.tensor(_BITS, dtype=torch.uint8, device=self.bits.device)
+        return (self.bits[:, :, None] & values).flatten(1)[:, :columns] != 0
 
 
 def dropout_threshold(p: float) -> int:
@@ -101,11 +122,11 @@ def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
 
 
-def _masked(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:
+def _masked(x: Tensor, kept: Kept | None) -> tuple[Tensor, float]:
     """keep * x, and the 1/q that is still owed."""
-    if dropout is None:
+    if kept is None:
         return x, 1.0
-    return torch.where(dropout.mask(*x.shape), x, 0.0), 1 / dropout.keep_probability
+    return torch.where(kept.mask(x.shape[1]), x, 0.0), 1 / kept.keep_probability
 
 
 def forward(
@@ -118,17 +139,21 @@ def forward(
     scaling: float,
     dropout: Dropout | None,
     enable_lora: Sequence[bool] = (True,),
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] and its panel xa [M, R], both in x.dtype. Differentiable by plain autograd, as the tests' oracle is."""
-    kept, inverse_q = _masked(x, dropout)
-    xa = product(kept, lora_A.to(x.dtype).T, scaling * inverse_q)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask.
+
+    Differentiable by plain autograd, as the tests' oracle is.
+    """
+    kept = None if dropout is None else dropout.kept(*x.shape)
+    dropped, inverse_q = _masked(x, kept)
+    xa = product(dropped, lora_A.to(x.dtype).T, scaling * inverse_q)
     base = torch.nn.functional.linear(x, weight, bias)
     adapters = zip(xa.tensor_split(sum(enable_lora), 1), lora_B.to(x.dtype).tensor_split(sum(enable_lora)), strict=True)
     slices = [
         _add_adapter(piece, *next(adapters)) if enabled else piece
         for piece, enabled in zip(base.tensor_split(len(enable_lora), 1), enable_lora, strict=True)
     ]
-    return _joined(slices, 1), xa
+    return _joined(slices, 1), xa, None if kept is None else kept.bits
 
 
 def _add_adapter(base: Tensor, panel: Tensor, lora_B: Tensor) -> Tensor:
@@ -160,18 +185,39 @@ def grad_panels(
     return dyb, db
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, dropout: Dropout | None) -> Tensor:
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, kept: Kept | None) -> Tensor:
     """dx [M, K] in dy.dtype."""
-    if dropout is None:
+    if kept is None:
         return torch.addmm(dy @ weight, dyb, lora_A.to(dy.dtype))
-    update = product(dyb, lora_A.to(dy.dtype), 1 / dropout.keep_probability)
-    return dy @ weight + torch.where(dropout.mask(*update.shape), update, 0.0)
+    update = product(dyb, lora_A.to(dy.dtype), 1 / kept.keep_probability)
+    return dy @ weight + torch.where(kept.mask(update.shape[1]), update, 0.0)
 
 
-def grad_lora_A(dyb: Tensor, x: Tensor, *, dropout: Dropout | None, dtype: torch.dtype) -> Tensor:
+def grad_lora_A(dyb: Tensor, x: Tensor, *, kept: Kept | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`."""
-    kept, inverse_q = _masked(x, dropout)
-    return product(dyb.T.to(dtype), kept.to(dtype), inverse_q)
+    dropped, inverse_q = _masked(x, kept)
+    return product(dyb.T.to(dtype), dropped.to(dtype), inverse_q)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    *,
+    kept: Kept | None,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
+    dyb, db = grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype, enable_lora=enable_lora)
+    if dyb is None:
+        return None, None, db
+    dx = None if weight is None or lora_A is None else grad_input(dy, weight, dyb, lora_A, kept=kept)
+    return dx, None if x is None else grad_lora_A(dyb, x, kept=kept, dtype=dtype), db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

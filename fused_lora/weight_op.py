@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import make_differentiable, path_of, register, without_autocast
+from .dispatch import choose
+from .ops import direct, make_differentiable, module_of, register, without_autocast
 from .reference import product
 
 
 def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
-    path = path_of("effective_weight", backend, weight, lora_A.dtype)
+    path = module_of("effective_weight", choose(backend, weight.device, weight.dtype, lora_A.dtype))
     matrix = _as_matrix(weight, lora_A, lora_B)
     # A weight keeps its dtype and its precision under autocast; the layer's product is what autocast is about.
     with without_autocast(weight.device.type):
@@ -45,8 +46,8 @@ class _EffectiveWeight(torch.autograd.Function):
         ctx.save_for_backward(lora_A if wants_db else None, lora_B if wants_da else None)
         ctx.scaling, ctx.matrix = scaling, (lora_B.shape[0], lora_A.shape[1])
         ctx.set_materialize_grads(False)
-        effective: Tensor = torch.ops.fused_lora.lora_effective_weight(weight, lora_A, lora_B, scaling, backend)
-        return effective
+        compute = _effective_weight if direct(weight, lora_A, lora_B) else torch.ops.fused_lora.lora_effective_weight
+        return compute(weight, lora_A, lora_B, scaling, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -62,6 +63,16 @@ class _EffectiveWeight(torch.autograd.Function):
             if lora_A is not None:
                 db = product(matrix.to(lora_A.dtype), lora_A.T, ctx.scaling)
         return g if ctx.needs_input_grad[0] else None, da, db, None, None
+
+
+def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
+    """The op of the same name, or what it would do, called directly."""
+    tensors = (weight, lora_A, lora_B)
+    if not direct(*tensors):
+        return torch.ops.fused_lora.lora_effective_weight(*tensors, scaling, backend)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _EffectiveWeight.apply(*tensors, scaling, backend)  # type: ignore[no-any-return]
+    return _effective_weight(*tensors, scaling, backend)
 
 
 register(

@@ -1,7 +1,8 @@
-"""The dropout contract's keep mask, tile by tile: Philox-4x32-7 of (seed, row, column // 8).
+"""The dropout contract's keep mask, tile by tile: Philox-4x32-7 of (seed, row, column // 8), and its stored bits.
 
-A tile's bits depend on its global rows and columns alone, never on its shape, so every kernel that needs a part of
-the mask draws the same bits.
+A tile's bits depend on its global rows and columns alone, never on its shape. One kernel of the forward draws them
+and stores one bit per element, [M, cdiv(K, 8)] bytes whose bit j of byte i is column 8 * i + j; the backward reads
+them, which takes less time than drawing them again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,24 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_tile(
+def _words(seed_ptr, rows, blocks, BLOCK_ROWS: tl.constexpr):
+    """The four uint32 words of each global row [BLOCK_ROWS] and block of eight columns [BLOCKS]."""
+    rows = rows[:, None]
+    # The counter words must be uint32: tl.philox turns into Philox-4x64 when they are wider.
+    zero = tl.zeros((BLOCK_ROWS, blocks.shape[0]), tl.uint32)
+    block = blocks[None, :].to(tl.uint32) + zero
+    return tl.philox(tl.load(seed_ptr), block, rows.to(tl.uint32) + zero, (rows >> 32).to(tl.uint32) + zero, zero, 7)
+
+
+@triton.jit
+def _packed(keep, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """uint8 [BLOCK_ROWS, BLOCK_COLUMNS // 8] of bool [BLOCK_ROWS, BLOCK_COLUMNS]."""
+    lanes = keep.to(tl.int32).reshape(BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)
+    return tl.sum(lanes << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def draw_tile(
     seed_ptr,
     threshold,
     rows,  # [BLOCK_ROWS], global, int64
@@ -20,23 +38,48 @@ def keep_tile(
     BLOCK_COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """keep, bool [BLOCK_ROWS, BLOCK_COLUMNS]."""
-    seed = tl.load(seed_ptr)
-    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    """keep, bool [BLOCK_ROWS, BLOCK_COLUMNS], and the same packed, uint8 [BLOCK_ROWS, BLOCK_COLUMNS // 8]."""
+    threshold = threshold.to(tl.uint32)
     if ALIGNED:
         blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
+        w0, w1, w2, w3 = _words(seed_ptr, rows, blocks, BLOCK_ROWS)
+        # A word's high half is compared where it stands. Every lane becomes its bit of the byte at once, and is taken
+        # from it again: by tl.join and a reshape, the dot that follows would read its operands by single words.
+        high = threshold << 16
+        bits = tl.where((w0 & 0xFFFF) >= threshold, 1, 0) | tl.where(w0 >= high, 2, 0)
+        bits |= tl.where((w1 & 0xFFFF) >= threshold, 4, 0) | tl.where(w1 >= high, 8, 0)
+        bits |= tl.where((w2 & 0xFFFF) >= threshold, 16, 0) | tl.where(w2 >= high, 32, 0)
+        bits |= tl.where((w3 & 0xFFFF) >= threshold, 64, 0) | tl.where(w3 >= high, 128, 0)
+        return unpacked(bits, BLOCK_ROWS, BLOCK_COLUMNS), bits.to(tl.uint8)
     else:
-        blocks = columns // 8
-    rows = rows[:, None]
-    # The counter words must be uint32: tl.philox turns into Philox-4x64 when they are wider.
-    zero = tl.zeros((BLOCK_ROWS, blocks.shape[0]), tl.uint32)
-    block = blocks[None, :].to(tl.uint32) + zero
-    w0, w1, w2, w3 = tl.philox(seed, block, rows.to(tl.uint32) + zero, (rows >> 32).to(tl.uint32) + zero, zero, 7)
-    if ALIGNED:
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        lanes = tl.join(words & 0xFFFF, words >> 16).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
-    else:
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        w0, w1, w2, w3 = _words(seed_ptr, rows, columns // 8, BLOCK_ROWS)
         lane = (columns % 8)[None, :]
         word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
-        lanes = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
-    return lanes >= threshold.to(tl.uint32)
+        keep = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16) >= threshold
+        return keep, _packed(keep, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_COLUMNS: tl.constexpr):
+    """Pointers to the bytes of the given rows [BLOCK_ROWS] and columns from first_column, a multiple of 8; all local.
+
+    A kernel must not specialise on stride_bm. Not knowing that rows are aligned, the compiler keeps the bytes in the
+    threads that draw or use them; for wider accesses of them it would draw every bit twice (triton 3.6).
+    """
+    blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
+    return bits_ptr + rows[:, None] * stride_bm + blocks[None, :]
+
+
+@triton.jit
+def in_bits(rows, first_column, M, COLUMNS, BLOCK_COLUMNS: tl.constexpr):
+    """Which of these bytes exist."""
+    blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
+    return (rows < M)[:, None] & (blocks * 8 < COLUMNS)[None, :]
+
+
+@triton.jit
+def unpacked(bits, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """keep, bool [BLOCK_ROWS, BLOCK_COLUMNS], of uint8 [BLOCK_ROWS, BLOCK_COLUMNS // 8]."""
+    lanes = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return lanes.reshape(BLOCK_ROWS, BLOCK_COLUMNS) != 0

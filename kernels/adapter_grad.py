@@ -1,7 +1,7 @@
 """An adapter's gradient, from one read of left: grad = scale * (keep * left).T @ panel, [I, R].
 
 db  left dy [M, N], panel xa,  and dyb = scaling * dy @ b [M, R] from the same read; for each enabled slice
-da  left x [M, K],  panel dyb, with the mask; stored transposed, [R, K]
+da  left x [M, K],  panel dyb, with the mask's bits; stored transposed, [R, K]
 
 A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.py adds them up in a fixed order.
 """
@@ -9,18 +9,20 @@ A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
-from ._dropout import keep_tile
+from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import rank_block, tiles_for
-from .launch import Dropout, cdiv, dropout_arguments, input_precision, stated_work
+from .config import AdapterGradTile, Tiles, rank_block, tiles_for
+from .launch import Kept, bits_arguments, cdiv, input_precision, stated_work
 from .panel import panel as compute_panel
 from .reduce import reduce
 
@@ -31,14 +33,14 @@ FUSED_RANK = 32
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     left, grad, factor = args["left_ptr"], args["grad_ptr"], args["factor_ptr"]
     flops = 2.0 * args["M"] * grad[0].numel() * (1 if factor is None else 2)
-    tensors = (enabled_columns(left, args), args["panel_ptr"], factor, grad, args["product_ptr"])
+    tensors = (enabled_columns(left, args), args["panel_ptr"], factor, grad, args["product_ptr"], args["bits_ptr"])
     return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
 
 
 # stride_ds is a multiple of M, and M must not make new kernels.
 @triton.jit(
     launch_metadata=_work,
-    do_not_specialize=["stride_ds", "M", "ROWS", "threshold", "row_offset", "column_offset"],
+    do_not_specialize=["stride_ds", "stride_bm", "M", "ROWS"],
 )
 def _adapter_grad_kernel(
     left_ptr, stride_lm, stride_li,  # [M, SLICES * I]
@@ -46,13 +48,18 @@ def _adapter_grad_kernel(
     grad_ptr, stride_gs, stride_gi, stride_gr,  # [splits, enabled * I, R]
     factor_ptr, stride_fi, stride_fr,  # [enabled * I, R], or None
     product_ptr, stride_ds, stride_dm, stride_dr,  # left @ factor, [tiles of I, M, enabled * R], or None
-    seed_ptr, threshold, row_offset, column_offset,
+    bits_ptr, stride_bm,  # [M, cdiv(I, 8)], or None
     M, I, R,
     ROWS,  # rows per split, a multiple of BLOCK_M
     SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_I: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        if not BESIDE:
+            gdc_wait()
+        gdc_launch_dependents()
     tiles = tl.cdiv(I, BLOCK_I)
     tile, split = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
     if SLICES > 1:
@@ -86,55 +93,73 @@ def _adapter_grad_kernel(
             product = tl.dot(left, factor, input_precision=PRECISION)
             product_ptrs = product_ptr + tile.to(tl.int64) * stride_ds + rows[:, None] * stride_dm
             tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
-        if seed_ptr is not None:
-            keep = keep_tile(
-                seed_ptr, threshold, rows + row_offset, first_inner + column_offset, BLOCK_M, BLOCK_I, ALIGNED
-            )  # fmt: skip
-            left = tl.where(keep, left, tl.zeros_like(left))
+        if bits_ptr is not None:
+            ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_inner, BLOCK_I)
+            bits = tl.load(ptrs, mask=in_bits(rows, first_inner, M, I, BLOCK_I), other=0)
+            left = tl.where(unpacked(bits, BLOCK_M, BLOCK_I), left, tl.zeros_like(left))
         acc = accumulate(left.T, panel, acc, PRECISION)
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
     tl.store(grad_ptrs, acc, mask=(inner[:, None] < I) & in_ranks)
+    if PDL and BESIDE:
+        # So that who waits for this kernel has waited for the one beside it.
+        gdc_wait()
+
+
+@dataclass(frozen=True)
+class _Partials:
+    """Where a launch puts its partial gradients [splits, I, R], or [splits, R, I], and products [tiles, M, R]."""
+
+    tile: AdapterGradTile
+    rows: int
+    grad: Tensor
+    product: Tensor | None
+
+
+def _allocate(
+    left: Tensor, R: int, tiles: Tiles, tile: AdapterGradTile, enabled: int, I: int, *, product: bool, transposed: bool
+) -> _Partials:
+    M = len(left)
+    grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, rank_block(R))
+    steps = cdiv(M, tile.block_m)
+    programs = tile.programs or tiles.programs
+    rows = tile.block_m * cdiv(steps, min(steps, max(1, programs // (enabled * grid_i * grid_r))))
+    splits = cdiv(M, rows)
+    shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
+    grad = left.new_empty(shape, dtype=torch.float32)
+    products = left.new_empty((grid_i, M, enabled * R), dtype=torch.float32) if product else None
+    return _Partials(tile, rows, grad, products)
 
 
 def _launch(
     left: Tensor,
     panel: Tensor,
     factor: Tensor | None,
-    dropout: Dropout | None,
-    enable_lora: Sequence[bool] = (True,),
+    bits: Tensor | None,
+    enable_lora: Sequence[bool],
+    partials: _Partials,
     *,
     transposed: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
-
-    With slices, the enabled ones' gradients and products stand one after another in I and in R respectively.
-    """
+    pdl: bool,
+    beside: bool = False,
+) -> None:
+    """Fills the partials. With slices, the enabled ones' gradients and products stand one after another."""
     M, I, enabled = len(left), left.shape[1] // len(enable_lora), sum(enable_lora)
     R = panel.shape[1] // enabled
-    block_r, arguments = rank_block(R), dropout_arguments(dropout)
-    tiles = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"])
-    tile = tiles.adapter_grad[block_r]
-    grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, block_r)
-    steps = cdiv(M, tile.block_m)
-    rows = tile.block_m * cdiv(steps, min(steps, max(1, tiles.programs // (enabled * grid_i * grid_r))))
-    splits = cdiv(M, rows)
-    shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
-    grad = left.new_empty(shape, dtype=torch.float32)
+    tile, grad, product, block_r = partials.tile, partials.grad, partials.product, rank_block(R)
     strides = grad.stride() if not transposed else (grad.stride(0), grad.stride(2), grad.stride(1))
-    product = None if factor is None else left.new_empty((grid_i, M, enabled * R), dtype=torch.float32)
-    _adapter_grad_kernel[(enabled * grid_i, splits, grid_r)](
+    _adapter_grad_kernel[(enabled * cdiv(I, tile.block_i), len(grad), cdiv(R, block_r))](
         left, *left.stride(),
         panel, *panel.stride(),
         grad, *strides,
         factor, *((0, 0) if factor is None else factor.stride()),
         product, *((0, 0, 0) if product is None else product.stride()),
-        M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
+        M=M, I=I, R=R, ROWS=partials.rows, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
+        PDL=pdl, BESIDE=beside, launch_pdl=pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **arguments,
+        **bits_arguments(bits),
     )  # fmt: skip
-    return grad, product
 
 
 def grad_panels(
@@ -149,23 +174,50 @@ def grad_panels(
 
     With slices: dyb and xa hold R columns for each enabled slice, lora_B and db its rows.
     """
-    enabled, rows = sum(enable_lora), dy.shape[1] // len(enable_lora) * sum(enable_lora)
+    enabled, I = sum(enable_lora), dy.shape[1] // len(enable_lora)
     if xa is None:
-        return None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora), None
+        return None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0], None
+    R = xa.shape[1] // enabled
     if dy.numel() == 0:
         dyb = None if lora_B is None else torch.zeros_like(xa, dtype=dy.dtype)
-        return dyb, xa.new_zeros((rows, xa.shape[1] // enabled), dtype=dtype)
-    if lora_B is None or lora_B.shape[1] > FUSED_RANK:
-        dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)
-        return dyb, reduce(_launch(dy, xa, None, None, enable_lora, transposed=False)[0], dtype)
-    db, products = _launch(dy, xa, lora_B, None, enable_lora, transposed=False)
-    assert products is not None
-    return reduce(products, dy.dtype, scaling), reduce(db, dtype)
+        return dyb, xa.new_zeros((enabled * I, R), dtype=dtype)
+    tiles = tiles_for(dy.device, dy.dtype, I)
+    tile = tiles.adapter_grad[rank_block(R)]
+    together = lora_B is not None and R <= FUSED_RANK
+    partials = _allocate(dy, R, tiles, tile, enabled, I, product=together, transposed=False)
+    factor = lora_B if together else None
+    _launch(dy, xa, factor, None, enable_lora, partials, transposed=False, pdl=tiles.pdl)
+    if partials.product is not None:
+        return reduce(partials.product, dy.dtype, scaling, (partials.grad, dtype), pdl=tiles.pdl)
+    dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
+    return dyb, reduce(partials.grad, dtype, pdl=tiles.pdl)[0]
 
 
-def grad_lora_A(dyb: Tensor, x: Tensor, dropout: Dropout | None, dtype: torch.dtype) -> Tensor:
+class GradLoraA:
+    """da [R, K] of dyb [M, R] and x [M, K], in two steps: memory first, so that the launch can follow another kernel.
+
+    `beside`: the kernel before it in the stream is one of this package's that has waited for dyb and is not waited
+    for: both run at once. Its memory must be taken (the constructor) before that kernel is launched, since the
+    allocator hands out again what the kernels before that one have used, and only they are sure to have ended.
+    """
+
+    def __init__(self, x: Tensor, R: int, kept: Kept | None, dtype: torch.dtype) -> None:
+        self._x, self._kept = x, kept
+        self._tiles = tiles_for(x.device, x.dtype, x.shape[1])
+        self._out = x.new_empty((R, x.shape[1]), dtype=dtype)
+        tile, I = self._tiles.grad_lora_A[rank_block(R)], x.shape[1]
+        self._partials = _allocate(x, R, self._tiles, tile, 1, I, product=False, transposed=True)
+
+    def launch(self, dyb: Tensor, *, beside: bool) -> Tensor:
+        bits = None if self._kept is None else self._kept.bits
+        inverse_q = 1.0 if self._kept is None else 1 / self._kept.keep_probability
+        pdl, dtype = self._tiles.pdl, self._out.dtype
+        _launch(self._x, dyb, None, bits, (True,), self._partials, transposed=True, pdl=pdl, beside=beside)
+        return reduce(self._partials.grad, dtype, inverse_q, out=self._out, pdl=pdl)[0]
+
+
+def grad_lora_A(dyb: Tensor, x: Tensor, kept: Kept | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`, of dyb [M, R] and x [M, K]."""
     if x.numel() == 0:
         return x.new_zeros((dyb.shape[1], x.shape[1]), dtype=dtype)
-    inverse_q = 1.0 if dropout is None else 1 / dropout.keep_probability
-    return reduce(_launch(x, dyb, None, dropout, transposed=True)[0], dtype, inverse_q)
+    return GradLoraA(x, dyb.shape[1], kept, dtype).launch(dyb, beside=False)

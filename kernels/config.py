@@ -48,6 +48,7 @@ class AdapterGradTile:
     block_i: int
     num_warps: int
     num_stages: int
+    programs: int = 0  # how many fill the GPU; 0 takes the table's number
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,19 @@ RANK_BLOCKS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Tiles:
-    """What each kernel uses, and how many programs fill the GPU where a kernel may choose their number."""
+    """What each kernel uses, how many programs fill the GPU where a kernel may choose their number, and whether kernels
+    are launched while the one before them ends.
+
+    adapter_grad is for db, with dyb from the same read or without; grad_lora_A for da, on Hopper so small that a
+    multiprocessor can run it beside a program of `linear`.
+    """
 
     linear: LinearTile
     panel: MappingProxyType[int, PanelTile]
     adapter_grad: MappingProxyType[int, AdapterGradTile]
+    grad_lora_A: MappingProxyType[int, AdapterGradTile]
     programs: int
+    pdl: bool = False
     update: UpdateTile = UpdateTile(block_m=32, block_j=128, num_warps=8, num_stages=1)
 
 
@@ -89,6 +97,12 @@ SAFE = Tiles(
         PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
     ),
     adapter_grad=_by_rank(
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+    ),
+    grad_lora_A=_by_rank(
         AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
         AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
         AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
@@ -111,6 +125,12 @@ AMPERE = Tiles(
         AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
         AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
     ),
+    grad_lora_A=_by_rank(
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+    ),
     programs=256,
 )
 
@@ -128,7 +148,14 @@ HOPPER = Tiles(
         AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
         AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
     ),
+    grad_lora_A=_by_rank(
+        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=528),
+        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=528),
+        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=264),
+        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=3, programs=264),
+    ),
     programs=132,
+    pdl=True,
 )
 
 BLACKWELL = HOPPER
@@ -137,6 +164,7 @@ IRREGULAR = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=32, num_warps=4, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=4, num_stages=2)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2)] * 4),
+    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2)] * 4),
     programs=256,
 )
 
@@ -144,6 +172,7 @@ FLOAT32 = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=16, num_warps=8, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
+    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
     programs=256,
 )
 
@@ -151,6 +180,7 @@ INTERPRETER = Tiles(
     linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=1, descriptors=True),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
+    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
     programs=6,
     update=UpdateTile(block_m=16, block_j=32, num_warps=4, num_stages=1),
 )
@@ -167,6 +197,14 @@ def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bo
     if not aligned or any(size % 16 for size in sizes):
         return IRREGULAR
     return _architecture(device)
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """How many programs of a whole multiprocessor run at once; few for a CPU, so that each gets several tiles."""
+    if device.type == "cpu":
+        return INTERPRETER.programs
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=64)

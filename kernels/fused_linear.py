@@ -7,6 +7,8 @@ I is the contracted dimension and J the produced one. The panel already carries 
 low-rank product is what the main loop starts from: as a user of its accumulator after it, it would make ptxas
 serialise the loop's matrix instructions (triton 3.6). With a mask it follows the loop, by quarters of the tile's
 columns, so that the update and its mask fit in registers beside the rest.
+
+With descriptors, a program computes one tile after another, so that the copy engine stores one while the next begins.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
-from ._dropout import keep_tile
+from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_before, enabled_slice, slice_arguments
-from .config import rank_block, tiles_for
-from .launch import Dropout, cdiv, dropout_arguments, input_precision, stated_work
+from .config import processors, rank_block, tiles_for
+from .launch import Kept, bits_arguments, cdiv, input_precision, stated_work
 
 GROUP_M = 8
 # More would not fit in registers beside the tile.
@@ -31,8 +34,8 @@ RANK_STEP = 32
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    left, right = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "right_ptr"))
-    tensors = (left, right, args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], args["out_ptr"])
+    left, right, out = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "right_ptr", "out_ptr"))
+    tensors = (left, right, args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], args["bits_ptr"], out)
     flops = 2.0 * args["M"] * args["J"] * (args["I"] + args["R"])
     return stated_work("fused_linear", flops, *tensors, dtype=left.dtype)
 
@@ -65,119 +68,126 @@ def _finish(
     factor_ptr, stride_fr, stride_fj,
     bias_ptr, stride_bias,
     out_ptr, stride_om, stride_oj,
-    seed_ptr, threshold, inverse_q, row_offset, column_offset,
-    rows, first_column,
+    bits_ptr, stride_bm, inverse_q,
+    tile_m, rows, first_column,
     M, J, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
-    if seed_ptr is not None:
+    if bits_ptr is not None:
         update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
         for start in tl.range(0, R, BLOCK_R, num_stages=1):
             update = _add_ranks(
                 update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
                 rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
             )  # fmt: skip
-        keep = keep_tile(
-            seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_J, ALIGNED
-        )
-        acc += tl.where(keep, update * inverse_q, 0.0)
+        ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_J)
+        bits = tl.load(ptrs, mask=in_bits(rows, first_column, M, J, BLOCK_J), other=0)
+        acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update * inverse_q, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
-    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < J))
+    if DESCRIPTORS:
+        out_ptr.store([tile_m * BLOCK_M, first_column.to(tl.int32)], acc.to(out_ptr.dtype))
+    else:
+        out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < J))
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
+@triton.jit(launch_metadata=_work, do_not_specialize=["M", "stride_bm"])
 def _fused_linear_kernel(
     left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
     right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
     panel_ptr, stride_pm, stride_pr,  # [M, R]
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
-    out_ptr, stride_om, stride_oj,  # [M, J]
-    seed_ptr, threshold, inverse_q, row_offset, column_offset,
+    out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if DESCRIPTORS
+    bits_ptr, stride_bm, inverse_q,  # [M, cdiv(J, 8)], or None
     M, J, I, R,  # R ranks in each slice
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     tiles_m, tiles_j = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J)
-    group = pid // (GROUP_M * tiles_j)
-    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + pid % (GROUP_M * tiles_j) % group_size
-    tile_j = pid % (GROUP_M * tiles_j) // group_size
+    for tile in range(tl.program_id(0), tiles_m * tiles_j, tl.num_programs(0)):
+        group = tile // (GROUP_M * tiles_j)
+        group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        tile_m = group * GROUP_M + tile % (GROUP_M * tiles_j) % group_size
+        tile_j = tile % (GROUP_M * tiles_j) // group_size
 
-    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_column = tile_j.to(tl.int64) * BLOCK_J
-    acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    if seed_ptr is None:
-        columns = first_column + tl.arange(0, BLOCK_J)
-        first, last = tl.full((), 0, tl.int32), 1
-        if SLICES > 1:
-            last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
-            first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
-            last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
-        for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
-            e = first + step // RANK_STEPS
-            slice = enabled_slice(e, SLICES, ENABLED)
-            acc = _add_ranks(
-                acc,
-                panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
-                factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
-                rows, columns, step % RANK_STEPS * BLOCK_R,
-                M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
-            )  # fmt: skip
-    if DESCRIPTORS:
-        for start in range(0, I, BLOCK_I):
-            left = left_ptr.load([tile_m * BLOCK_M, start])
-            if TRANSPOSED:
-                right = right_ptr.load([tile_j * BLOCK_J, start]).T
-            else:
-                right = right_ptr.load([start, tile_j * BLOCK_J])
-            acc = accumulate(left, right, acc, PRECISION)
-    else:
-        columns = first_column + tl.arange(0, BLOCK_J)
-        inner = tl.arange(0, BLOCK_I)
-        # Rows past M read the last row again, which needs no mask; their results are not stored.
-        left_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm + inner[None, :].to(tl.int64) * stride_li
-        right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
-        step = tl.full((), BLOCK_I, tl.int64)
-        for start in range(0, I, BLOCK_I):
-            if EVEN_I:
-                left = tl.load(left_ptrs)
-            else:
-                left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
-            if EVEN_I and EVEN_J:
-                right = tl.load(right_ptrs)
-            else:
-                right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
-            acc = accumulate(left, right, acc, PRECISION)
-            left_ptrs += step * stride_li
-            right_ptrs += step * stride_ri
+        rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_column = tile_j.to(tl.int64) * BLOCK_J
+        acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+        if bits_ptr is None:
+            columns = first_column + tl.arange(0, BLOCK_J)
+            first, last = tl.full((), 0, tl.int32), 1
+            if SLICES > 1:
+                last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
+                first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
+                last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+            for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
+                e = first + step // RANK_STEPS
+                slice = enabled_slice(e, SLICES, ENABLED)
+                acc = _add_ranks(
+                    acc,
+                    panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
+                    factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
+                    rows, columns, step % RANK_STEPS * BLOCK_R,
+                    M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
+                )  # fmt: skip
+        if DESCRIPTORS:
+            for start in range(0, I, BLOCK_I):
+                left = left_ptr.load([tile_m * BLOCK_M, start])
+                if TRANSPOSED:
+                    right = right_ptr.load([tile_j * BLOCK_J, start]).T
+                else:
+                    right = right_ptr.load([start, tile_j * BLOCK_J])
+                acc = accumulate(left, right, acc, PRECISION)
+        else:
+            columns = first_column + tl.arange(0, BLOCK_J)
+            inner = tl.arange(0, BLOCK_I)
+            # Rows past M read the last row again, which needs no mask; their results are not stored.
+            left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
+            left_ptrs = left_row_ptrs + inner[None, :].to(tl.int64) * stride_li
+            right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
+            step = tl.full((), BLOCK_I, tl.int64)
+            for start in range(0, I, BLOCK_I):
+                if EVEN_I:
+                    left = tl.load(left_ptrs)
+                else:
+                    left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
+                if EVEN_I and EVEN_J:
+                    right = tl.load(right_ptrs)
+                else:
+                    right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
+                acc = accumulate(left, right, acc, PRECISION)
+                left_ptrs += step * stride_li
+                right_ptrs += step * stride_ri
 
-    HALF: tl.constexpr = BLOCK_J // 2
-    QUARTER: tl.constexpr = BLOCK_J // 4
-    halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-    for half in tl.static_range(2):
-        quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
-        for quarter in tl.static_range(2):
-            _finish(
-                quarters[quarter],
-                panel_ptr, stride_pm, stride_pr,
-                factor_ptr, stride_fr, stride_fj,
-                bias_ptr, stride_bias,
-                out_ptr, stride_om, stride_oj,
-                seed_ptr, threshold, inverse_q, row_offset, column_offset,
-                rows, first_column + half * HALF + quarter * QUARTER,
-                M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, ALIGNED, PRECISION,
-            )  # fmt: skip
+        HALF: tl.constexpr = BLOCK_J // 2
+        QUARTER: tl.constexpr = BLOCK_J // 4
+        halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
+            for quarter in tl.static_range(2):
+                _finish(
+                    quarters[quarter],
+                    panel_ptr, stride_pm, stride_pr,
+                    factor_ptr, stride_fr, stride_fj,
+                    bias_ptr, stride_bias,
+                    out_ptr, stride_om, stride_oj,
+                    bits_ptr, stride_bm, inverse_q,
+                    tile_m, rows, first_column + half * HALF + quarter * QUARTER,
+                    M, J, R,
+                    BLOCK_M, QUARTER, BLOCK_R, DESCRIPTORS, PRECISION,
+                )  # fmt: skip
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -197,42 +207,48 @@ def _fused_linear(
     panel: Tensor,
     factor: Tensor,
     bias: Tensor | None,
-    dropout: Dropout | None,
+    kept: Kept | None,
     enable_lora: Sequence[bool] = (True,),
 ) -> Tensor:
     (M, I), J, R = left.shape, right.shape[1], len(factor)
     out = left.new_empty((M, J))
     if out.numel() == 0:
         return out
-    arguments, block_r = dropout_arguments(dropout), min(rank_block(R), RANK_STEP)
-    tile = tiles_for(left.device, left.dtype, I, J, aligned=arguments["ALIGNED"]).linear
+    block_r = min(rank_block(R), RANK_STEP)
+    tiles = tiles_for(left.device, left.dtype, I, J)
+    tile = tiles.linear
     width = J // len(enable_lora)
     touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
-    descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
-    left_argument: Tensor | TensorDescriptor = left
-    right_argument: Tensor | TensorDescriptor = right
+    descriptors = tile.descriptors and I > 0 and all(map(_describable, (left, rows_of_right, out)))
+    programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
+    arguments: tuple[Tensor | TensorDescriptor, ...] = left, right, out
     if descriptors:
         block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
-        left_argument = TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i])
-        right_argument = TensorDescriptor.from_tensor(rows_of_right, block)
-    _fused_linear_kernel[(cdiv(M, tile.block_m) * cdiv(J, tile.block_j),)](
-        left_argument, *left.stride(),
-        right_argument, *right.stride(),
+        arguments = (
+            TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i]),
+            TensorDescriptor.from_tensor(rows_of_right, block),
+            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_j // 4]),
+        )
+        programs = min(programs, processors(left.device))
+    _fused_linear_kernel[(programs,)](
+        arguments[0], *left.stride(),
+        arguments[1], *right.stride(),
         panel, *panel.stride(),
         factor, *factor.stride(),
         bias, 0 if bias is None else bias.stride(0),
-        out, *out.stride(),
-        inverse_q=1.0 if dropout is None else 1 / dropout.keep_probability,
+        arguments[2], *out.stride(),
+        inverse_q=1.0 if kept is None else 1 / kept.keep_probability,
         M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         SLICE_STEPS=touched, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
         DESCRIPTORS=descriptors, TRANSPOSED=transposed,
         EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
+        PDL=tiles.pdl, launch_pdl=tiles.pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **arguments,
+        **bits_arguments(None if kept is None else kept.bits),
     )  # fmt: skip
     return out
 
@@ -244,6 +260,6 @@ def forward(
     return _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora)
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, dropout: Dropout | None) -> Tensor:
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, kept: Kept | None) -> Tensor:
     """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K]."""
-    return _fused_linear(dy, weight, dyb, lora_A, None, dropout)
+    return _fused_linear(dy, weight, dyb, lora_A, None, kept)

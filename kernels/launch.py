@@ -1,4 +1,9 @@
-"""What every launcher needs: a grid, the arguments of a mask, float32's precision, and a kernel's stated work."""
+"""What every launcher needs: a grid, the arguments of a mask, float32's precision, and a kernel's stated work.
+
+Kernels are launched with PDL, programmatic dependent launch, where the GPU has it: a kernel may be set up while the
+one before it in the stream still runs. It waits for that one (gdc_wait) before it touches memory, unless its file says
+why it need not.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +28,17 @@ class Dropout(Protocol):
     def keep_probability(self) -> float: ...
 
 
+class Kept(Protocol):
+    """Which elements were kept: bits [M, cdiv(K, 8)] as `_dropout.py` stores them."""
+
+    @property
+    def bits(self) -> Tensor: ...
+    @property
+    def keep_probability(self) -> float: ...
+
+
 def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
-    """The keyword arguments by which kernels take their dropout; seed_ptr None means none."""
+    """The keyword arguments by which a kernel that draws takes its dropout; seed_ptr None means none."""
     if dropout is None:
         return {"seed_ptr": None, "threshold": 0, "row_offset": 0, "column_offset": 0, "ALIGNED": True}
     return {
@@ -34,6 +48,11 @@ def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
         "column_offset": dropout.column_offset,
         "ALIGNED": dropout.column_offset % 8 == 0,
     }
+
+
+def bits_arguments(bits: Tensor | None) -> dict[str, Any]:
+    """The keyword arguments by which a kernel takes a mask's bits; bits_ptr None means none."""
+    return {"bits_ptr": bits, "stride_bm": 0 if bits is None else bits.stride(0)}
 
 
 def cdiv(size: int, block: int) -> int:

@@ -1,4 +1,4 @@
-"""A panel: panel = scale * (keep * left) @ factor, [M, R], from one read of left.
+"""A panel: panel = scale * (keep * left) @ factor, [M, R], from one read of left, which also draws the mask's bits.
 
 xa   left x [M, K],  factor a.T [K, R], scale scaling / q, with the mask
 dyb  left dy [M, N], factor b [N, R],   scale scaling,     without; for each enabled slice, from its columns of dy
@@ -9,35 +9,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
-from ._dropout import keep_tile
+from ._dropout import bit_ptrs, draw_tile, in_bits
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
-from .launch import Dropout, cdiv, dropout_arguments, input_precision, stated_work
+from .launch import Dropout, bits_arguments, cdiv, dropout_arguments, input_precision, stated_work
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     left, factor, panel = args["left_ptr"], args["factor_ptr"], args["panel_ptr"]
     flops = 2.0 * panel.numel() * args["I"]
-    return stated_work("panel", flops, enabled_columns(left, args), factor, panel, dtype=left.dtype)
+    return stated_work("panel", flops, enabled_columns(left, args), factor, panel, args["bits_ptr"], dtype=left.dtype)
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["M", "threshold", "row_offset", "column_offset"])
+@triton.jit(launch_metadata=_work, do_not_specialize=["M", "stride_bm", "threshold", "row_offset", "column_offset"])
 def _panel_kernel(
     left_ptr, stride_lm, stride_li,  # [M, SLICES * I]
     factor_ptr, stride_fi, stride_fr,  # [enabled * I, R]
     panel_ptr, stride_pm, stride_pr,  # [M, enabled * R]
+    bits_ptr, stride_bm,  # [M, cdiv(I, 8)], or None
     seed_ptr, threshold, row_offset, column_offset,
     scale,
     M, I, R,
     SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank_block = tl.program_id(1)
     if SLICES > 1:
@@ -60,9 +67,13 @@ def _panel_kernel(
         in_factor = (inner[:, None] < I) & (ranks[None, :] < R)
         factor = tl.load(factor_column_ptrs + inner[:, None] * stride_fi, mask=in_factor, other=0.0)
         if seed_ptr is not None:
-            keep = keep_tile(
+            keep, bits = draw_tile(
                 seed_ptr, threshold, rows + row_offset, first_column + start, BLOCK_M, BLOCK_I, ALIGNED
             )  # fmt: skip
+            # The first piece of the ranks stores the bits for all of them.
+            stored_rows = tl.where(tl.program_id(1) == 0, M, 0)
+            ptrs = bit_ptrs(bits_ptr, stride_bm, rows, start, BLOCK_I)
+            tl.store(ptrs, bits, mask=in_bits(rows, start, stored_rows, I, BLOCK_I))
             left = tl.where(keep, left, tl.zeros_like(left))
         acc = accumulate(left, factor.to(left.dtype), acc, PRECISION)
     panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
@@ -76,17 +87,20 @@ def panel(
     scale: float,
     dropout: Dropout | None = None,
     enable_lora: Sequence[bool] = (True,),
-) -> Tensor:
-    """[M, R] in left's dtype, of left [M, I] and factor [I, R]; with dropout, 1/q is applied beside scale.
+) -> tuple[Tensor, Tensor | None]:
+    """The panel [M, R] in left's dtype, of left [M, I] and factor [I, R], and the bits of the mask, [M, cdiv(I, 8)].
 
-    With slices: each enabled one's R columns, from its own columns of left and its own rows of factor.
+    With dropout, 1/q is applied beside scale; without, there are no bits. With slices: each enabled one's R columns,
+    from its own columns of left and its own rows of factor.
     """
     M, I, R, enabled = len(left), left.shape[1] // len(enable_lora), factor.shape[1], sum(enable_lora)
     out = left.new_empty((M, enabled * R))
+    bits = None if dropout is None else left.new_empty((M, cdiv(I, 8)), dtype=torch.uint8)
     if M == 0:
-        return out
+        return out, bits
     block_r, arguments = rank_block(R), dropout_arguments(dropout)
-    tile = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"]).panel[block_r]
+    tiles = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"])
+    tile = tiles.panel[block_r]
     _panel_kernel[(cdiv(M, tile.block_m), enabled * cdiv(R, block_r))](
         left, *left.stride(),
         factor, *factor.stride(),
@@ -95,7 +109,8 @@ def panel(
         M=M, I=I, R=R, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
+        PDL=tiles.pdl, launch_pdl=tiles.pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **arguments,
+        **bits_arguments(bits), **arguments,
     )  # fmt: skip
-    return out
+    return out, bits

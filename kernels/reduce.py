@@ -1,4 +1,4 @@
-"""Sum of partial results in a fixed order, scaled and rounded once: out = scale * partials.sum(0)."""
+"""Sums of partial results in a fixed order, rounded once: out = scale * partials.sum(0), one or two in a launch."""
 
 from __future__ import annotations
 
@@ -8,47 +8,79 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import cdiv, stated_work
 
-BLOCK = 1024
+BLOCK = 256
+SPLIT_STEP = 16
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    partials, out = args["partials_ptr"], args["out_ptr"]
-    return stated_work("reduce", float(partials.numel()), partials, out, dtype=partials.dtype)
+    partials, others = args["partials_ptr"], args["other_partials_ptr"]
+    tensors = (partials, args["out_ptr"], others, args["other_out_ptr"])
+    flops = float(partials.numel() + (0 if others is None else others.numel()))
+    return stated_work("reduce", flops, *tensors, dtype=partials.dtype)
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["SPLITS", "SIZE"])
+@triton.jit
+def _sum(partials_ptr, out_ptr, scale, SPLITS, SIZE, block, BLOCK: tl.constexpr, SPLIT_STEP: tl.constexpr):
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < SIZE
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, SPLITS, SPLIT_STEP):
+        splits = start + tl.arange(0, SPLIT_STEP).to(tl.int64)
+        in_partials = (splits < SPLITS)[:, None] & inside[None, :]
+        partials = tl.load(partials_ptr + splits[:, None] * SIZE + offsets[None, :], mask=in_partials, other=0.0)
+        acc += tl.sum(partials, 0)
+    tl.store(out_ptr + offsets, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["SPLITS", "SIZE", "OTHER_SPLITS", "OTHER_SIZE"])
 def _reduce_kernel(
     partials_ptr,  # [SPLITS, SIZE]
     out_ptr,  # [SIZE]
     scale,
     SPLITS, SIZE,
-    BLOCK: tl.constexpr,
+    other_partials_ptr,  # [OTHER_SPLITS, OTHER_SIZE], or None
+    other_out_ptr,  # [OTHER_SIZE], or None
+    OTHER_SPLITS, OTHER_SIZE,
+    BLOCK: tl.constexpr, SPLIT_STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < SIZE
-    acc = tl.zeros((BLOCK,), tl.float32)
-    partial_ptrs = partials_ptr + offsets
-    for _ in range(0, SPLITS):
-        acc += tl.load(partial_ptrs, mask=inside, other=0.0)
-        partial_ptrs += SIZE
-    tl.store(out_ptr + offsets, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    block, blocks = tl.program_id(0), tl.cdiv(SIZE, BLOCK)
+    if block < blocks:
+        _sum(partials_ptr, out_ptr, scale, SPLITS, SIZE, block, BLOCK, SPLIT_STEP)
+    elif other_partials_ptr is not None:
+        _sum(other_partials_ptr, other_out_ptr, 1.0, OTHER_SPLITS, OTHER_SIZE, block - blocks, BLOCK, SPLIT_STEP)
 
 
-def reduce(partials: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """partials: float32 [splits, *shape], contiguous; returns [*shape] in dtype."""
-    out = partials.new_empty(partials.shape[1:], dtype=dtype)
-    if out.numel() > 0:
-        _reduce_kernel[(cdiv(out.numel(), BLOCK),)](
-            partials,
-            out,
-            scale,
-            SPLITS=len(partials),
-            SIZE=out.numel(),
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return out
+def reduce(
+    partials: Tensor,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    other: tuple[Tensor, torch.dtype] | None = None,
+    *,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """partials: float32 [splits, *shape], contiguous; returns scale times their sum, [*shape] in dtype.
+
+    other: partials and a dtype whose sum is returned beside it, unscaled. out: where to put the first sum.
+    """
+    out = partials.new_empty(partials.shape[1:], dtype=dtype) if out is None else out
+    others, other_out = None, None
+    if other is not None:
+        others = other[0]
+        other_out = others.new_empty(others.shape[1:], dtype=other[1])
+    blocks = cdiv(out.numel(), BLOCK) + (0 if other_out is None else cdiv(other_out.numel(), BLOCK))
+    if blocks > 0:
+        _reduce_kernel[(blocks,)](
+            partials, out, scale, len(partials), out.numel(),
+            others, other_out, 0 if others is None else len(others), 0 if other_out is None else other_out.numel(),
+            BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, PDL=pdl, launch_pdl=pdl, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, other_out

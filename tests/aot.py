@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
-from fused_lora import fused
-from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, panel
-from fused_lora.reference import Dropout
+from fused_lora import fused, unfused
+from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, mask, panel
+from fused_lora.reference import Dropout, Kept
 
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
 
@@ -111,11 +111,15 @@ def compile_case(case: Case) -> None:
     seed = torch.zeros(1, dtype=torch.int64)
     dropout = Dropout(seed, 6554, column_offset=case.column_offset) if case.dropout else None
     slices = {"scaling": 2.0, "enable_lora": case.enable_lora}
-    _, xa = fused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
-    dyb, _ = fused.grad_panels(dy, lora_B, xa, dtype=adapter_dtype, **slices)
-    assert dyb is not None
-    fused.grad_input(dy, weight, dyb, lora_A, dropout=dropout)
-    fused.grad_lora_A(dyb, x, dropout=dropout, dtype=adapter_dtype)
+    _, xa, bits = fused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
+    kept = None if bits is None or dropout is None else Kept(bits, dropout.keep_probability)
+    gradients = {"kept": kept, "scaling": 2.0, "dtype": adapter_dtype, "enable_lora": case.enable_lora}
+    fused.backward(dy, x, weight, lora_A, lora_B, xa, **gradients)
+    fused.backward(dy, x, None, None, lora_B, xa, **gradients)
+    unfused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
+    if kept is not None:
+        mask.add_kept_(dy.new_empty(x.shape), x, kept)
+        mask.drop_again(x, kept)
     if case.enable_lora == (True,):
         fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)
         tokens = torch.zeros(m, dtype=torch.int64)

@@ -25,10 +25,10 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "unfused"])
 def backend(request: pytest.FixtureRequest):
     """Runs the test once on each path, and checks that this path and no other was taken."""
-    if request.param == "triton" and not HAS_TRITON:
+    if request.param != "reference" and not HAS_TRITON:
         pytest.skip("triton is not installed")
     with fused_lora.use_backend(request.param), fused_lora.count_paths() as paths:
         yield request.param

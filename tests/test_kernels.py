@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from numerics import assert_as_accurate_as
@@ -9,9 +11,9 @@ from numerics import assert_as_accurate_as
 triton = pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
 import fused_lora.reference as reference  # noqa: E402
-from fused_lora import fused  # noqa: E402
-from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, panel, reduce  # noqa: E402
-from fused_lora.reference import Dropout, dropout_threshold  # noqa: E402
+from fused_lora import fused, unfused  # noqa: E402
+from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, mask, panel, reduce  # noqa: E402
+from fused_lora.reference import Dropout, Kept, dropout_threshold  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 
@@ -27,14 +29,17 @@ def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -
 
 
 def run_all(module, t: dict[str, torch.Tensor], dropout: Dropout | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every function of fused.py or reference.py on one problem; lora_A and lora_B.T serve as an embedding's, too."""
-    y, xa = module.forward(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], scaling=0.5, dropout=dropout)
-    dyb, db = module.grad_panels(t["dy"], t["lora_B"], xa, scaling=0.5, dtype=dtype)
-    dx = module.grad_input(t["dy"], t["weight"], dyb, t["lora_A"], dropout=dropout)
-    da = module.grad_lora_A(dyb, t["x"], dropout=dropout, dtype=dtype)
+    """Every function of a path's module on one problem; lora_A and lora_B.T serve as an embedding's, too."""
+    factors = t["lora_A"], t["lora_B"]
+    y, xa, bits = module.forward(t["x"], t["weight"], t["bias"], *factors, scaling=0.5, dropout=dropout)
+    kept = None if dropout is None else Kept(bits, dropout.keep_probability)
+    options = {"scaling": 0.5, "dtype": dtype}
+    dyb, _ = module.grad_panels(t["dy"], t["lora_B"], xa, **options)
+    inputs = t["dy"], t["x"], t["weight"], *factors, xa
+    dx, da, db = module.backward(*inputs, kept=kept, enable_lora=[True], **options)
     effective = module.effective_weight(t["weight"], t["lora_A"], t["lora_B"], scaling=0.5)
     embedded, panel = module.embedding(t["tokens"], t["weight"], t["lora_B"].T, t["lora_A"].T, scaling=0.5)
-    linear = {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da}
+    linear = {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da} | ({} if bits is None else {"bits": bits})
     return linear | {"effective weight": effective, "embedded": embedded, "embedding's panel": panel}
 
 
@@ -42,17 +47,20 @@ def run_all(module, t: dict[str, torch.Tensor], dropout: Dropout | None, dtype: 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("module", [fused, unfused], ids=["fused", "unfused"])
 @pytest.mark.usefixtures("poisoned_allocations")
-def test_touches_only_its_arguments_and_writes_every_element_once(shape, dtype: torch.dtype, p: float) -> None:
+def test_touches_only_its_arguments_and_writes_every_element_once(
+    module: ModuleType, shape, dtype: torch.dtype, p: float
+) -> None:
     from interpreter import checked_addresses
 
     t = tensors(shape, dtype, "cpu")
     dropout = Dropout(torch.tensor([1]), dropout_threshold(p)) if p > 0 else None
     with checked_addresses() as counts:
-        results = run_all(fused, t, dropout, dtype)
-    # xa, y, dx; partial dyb and db with their two reductions, or a panel and one more; da with its reduction; two
-    # low-rank updates.
-    assert counts["launches"] >= 9
+        results = run_all(module, t, dropout, dtype)
+    # xa, y, dx; dyb and db with their reduction, twice; da with its reduction; two low-rank updates. Or a mask drawn, a
+    # mask applied and a mask added, and the updates.
+    assert counts["launches"] >= (11 if module is fused else 5 if p > 0 else 2)
     assert not [name for name, value in results.items() if value.isnan().any()]
 
 
@@ -81,13 +89,14 @@ def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: i
     """Each kernel, given ones and unit vectors, gives back keep / q itself."""
     rows, columns = 45, 56
     dropout = Dropout(torch.tensor([77], device=device), dropout_threshold(0.25), row_offset, column_offset)
-    keep = dropout.mask(rows, columns).float()
+    keep, kept = dropout.mask(rows, columns).float(), dropout.kept(rows, columns)
     assert 0 < keep.mean() < 1
     ones = torch.ones(rows, columns, device=device)
     eye = torch.eye(columns, device=device)
     for start in range(0, columns, r):
         some = eye[start : start + r]
-        from_forward = panel.panel(ones, some.T, dropout.keep_probability, dropout)
+        from_forward, bits = panel.panel(ones, some.T, dropout.keep_probability, dropout)
+        assert torch.equal(bits, dropout.kept(rows, columns).bits)
         torch.testing.assert_close(from_forward, keep[:, start : start + r], rtol=0, atol=1e-6)
     # One column of the panel is 1, so dx is keep / q in every column.
     dyb = torch.zeros(rows, r, device=device)
@@ -95,14 +104,18 @@ def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: i
     factor = torch.zeros(r, columns, device=device)
     factor[0] = 1
     dx = fused_linear.grad_input(
-        torch.zeros(rows, 8, device=device), torch.zeros(8, columns, device=device), dyb, factor, dropout
+        torch.zeros(rows, 8, device=device), torch.zeros(8, columns, device=device), dyb, factor, kept
     )
     assert torch.equal(dx, keep)
     # Row i's unit vector picks row i of the mask out of the sum over rows.
     for start in range(0, rows, r):
         picked = torch.eye(rows, device=device)[:, start : start + r].contiguous()
-        da = adapter_grad.grad_lora_A(picked, ones, dropout, torch.float32)
+        da = adapter_grad.grad_lora_A(picked, ones, kept, torch.float32)
         torch.testing.assert_close(da * dropout.keep_probability, keep[start : start + r], rtol=0, atol=1e-6)
+    dropped, bits = mask.drop(ones, dropout)
+    assert torch.equal(bits, kept.bits)
+    for masked in (dropped, mask.drop_again(ones, kept), mask.add_kept_(torch.zeros_like(ones), ones, kept)):
+        assert torch.equal(masked, keep)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +129,19 @@ def test_mask_keeps_a_lane_equal_to_the_threshold(
     one = torch.ones(1, 1, device=device)
     for threshold, kept in ((lane, 1.0), (lane + 1, 0.0)):
         dropout = Dropout(torch.tensor([seed], device=device), threshold, row_offset, column_offset)
-        assert panel.panel(one, one, dropout.keep_probability, dropout).item() == kept
+        assert panel.panel(one, one, dropout.keep_probability, dropout)[0].item() == kept
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_each_launcher_is_as_accurate_as_the_reference(device: str, dtype: torch.dtype, shape) -> None:
+@pytest.mark.parametrize("module", [fused, unfused], ids=["fused", "unfused"])
+def test_each_launcher_is_as_accurate_as_the_reference(module, device: str, dtype: torch.dtype, shape) -> None:
     t = tensors(shape, dtype, device)
     dropout = Dropout(torch.tensor([5], device=device), dropout_threshold(0.2))
     wide = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
     exact = run_all(reference, wide, dropout, torch.float64)
-    same_dtype, actual = run_all(reference, t, dropout, dtype), run_all(fused, t, dropout, dtype)
+    same_dtype, actual = run_all(reference, t, dropout, dtype), run_all(module, t, dropout, dtype)
+    assert torch.equal(actual.pop("bits"), exact["bits"])
     for name, value in actual.items():
         assert_as_accurate_as(value, same_dtype[name], exact[name], name)
 
@@ -143,22 +158,28 @@ def test_db_and_dyb_alone_equal_what_they_are_together(device: str) -> None:
     torch.testing.assert_close(only_dyb, dyb)
 
 
+@pytest.mark.parametrize("module", [fused, unfused], ids=["fused", "unfused"])
 @pytest.mark.usefixtures("poisoned_allocations")
-def test_empty_sizes_give_zeros_and_launch_nothing_out_of_range(device: str) -> None:
+def test_empty_sizes_give_zeros_and_launch_nothing_out_of_range(module: ModuleType, device: str) -> None:
     for m, k, n in ((0, 5, 6), (4, 0, 6), (4, 5, 0)):
         t = tensors((m, k, n, 3), torch.float32, device)
-        results = run_all(fused, t, None, torch.float32)
+        results = run_all(module, t, None, torch.float32)
         expected = run_all(reference, t, None, torch.float32)
         for name, value in results.items():
             torch.testing.assert_close(value, expected[name], msg=f"{name} at {(m, k, n)}")
 
 
 def test_reduce_sums_in_float32_and_rounds_once(device: str) -> None:
-    partials = torch.randn(7, 3, 421, device=device)
+    partials, others = torch.randn(37, 3, 421, device=device), torch.randn(3, 1000, device=device)
     for dtype in (torch.float32, torch.bfloat16):
-        actual = reduce.reduce(partials, dtype, 0.5)
-        exact = partials.double().sum(0) * 0.5
-        assert_as_accurate_as(actual, exact.to(dtype), exact)
+        alone, nothing = reduce.reduce(partials, dtype, 0.5)
+        assert nothing is None
+        out = torch.empty_like(alone)
+        first, second = reduce.reduce(partials, dtype, 0.5, (others, torch.float32), out=out)
+        assert first is out and torch.equal(first, alone)
+        exact, other_exact = partials.double().sum(0) * 0.5, others.double().sum(0)
+        assert_as_accurate_as(alone, exact.to(dtype), exact)
+        assert_as_accurate_as(second, other_exact.float(), other_exact)
 
 
 def test_kernels_state_their_work() -> None:
@@ -171,15 +192,17 @@ def test_kernels_state_their_work() -> None:
         "panel_ptr": xa,
         "factor_ptr": factor,
         "bias_ptr": None,
+        "bits_ptr": torch.empty(8, 4, dtype=torch.uint8),
         "out_ptr": out,
     }
     work = fused_linear._work(None, None, arguments | {"M": 8, "J": 32, "I": 64, "R": 4})
     assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * 32
-    assert work["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * (8 * 4 + 4 * 32)
+    assert work["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * (8 * 4 + 4 * 32) + 8 * 4
     # Two of three slices of 64 columns, which are all that is read.
     left, xa = torch.empty(8, 192, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.bfloat16)
     b = torch.empty(128, 4)
     arguments = {"left_ptr": left, "factor_ptr": b, "panel_ptr": xa, "M": 8, "I": 64, "R": 4, "ENABLED": 0b101}
+    arguments |= {"bits_ptr": None}
     work = panel._work(None, None, arguments)
     assert work["flops16"] == 2 * 8 * 128 * 4
     assert work["bytes"] == 2 * 8 * 128 + 4 * 128 * 4 + 2 * 8 * 8
@@ -195,7 +218,7 @@ def test_kernels_state_their_work() -> None:
 
 def test_tables_are_complete_frozen_and_safe_for_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (*config.TABLES.values(), config.SAFE, config.IRREGULAR, config.FLOAT32, config.INTERPRETER):
-        assert set(table.panel) == set(table.adapter_grad) == set(config.RANK_BLOCKS)
+        assert set(table.panel) == set(table.adapter_grad) == set(table.grad_lora_A) == set(config.RANK_BLOCKS)
         with pytest.raises(AttributeError):
             table.programs = 1  # type: ignore[misc]
         with pytest.raises(TypeError):

@@ -132,13 +132,13 @@ def test_a_transposed_weight_is_used_through_its_strides(backend: str, device: s
 
 def test_slices_without_an_adapter_are_not_read_for_it(backend: str, device: str) -> None:
     """NaN in their part of dy reaches neither dyb nor db."""
-    *_, lora_B, _, dy = tensors((T, N, T), 20, 4, SINGLE, SINGLE, device, rows=33)
+    x, _, _, lora_B, _, dy = tensors((T, N, T), 20, 4, SINGLE, SINGLE, device, rows=33)
     dy[:, 20:40] = float("nan")
     xa = torch.randn(33, 8, device=device)
-    arguments = ([T, N, T], 0.5, SINGLE, fused_lora.dispatch.requested_backend())
-    for panels in ((lora_B, xa), (lora_B, None), (None, xa)):
-        for result in torch.ops.fused_lora.lora_linear_grad_panels(dy, *panels, *arguments):
-            assert result.isfinite().all()
+    arguments = (None, [T, N, T], 0.5, 0.0, SINGLE, fused_lora.dispatch.requested_backend())
+    for wanted in ((x, None, None, lora_B, xa), (x, None, None, lora_B, None), (None, None, None, None, xa)):
+        _, da, db = torch.ops.fused_lora.lora_linear_backward(dy, *wanted, *arguments)
+        assert da.isfinite().all() and db.isfinite().all() and da.numel() + db.numel() > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches in Triton's interpreter, unused on a GPU")
@@ -276,10 +276,11 @@ def test_gradcheck_and_opcheck() -> None:
     arguments = (x, weight, bias, lora_A, lora_B, pattern, torch.tensor([3]), 0.5, 0.3, 0, 0, "auto")
     torch.library.opcheck(ops.lora_linear.default, arguments)
     plain = [t.detach() for t in arguments[:5]]
-    y, xa = ops.lora_linear_forward(*plain, *arguments[5:])
+    y, xa, bits = ops.lora_linear_forward(*plain, *arguments[5:])
     torch.library.opcheck(ops.lora_linear_forward.default, (*plain, *arguments[5:]))
-    for panels in ((plain[4], xa), (plain[4], None), (None, xa)):
-        torch.library.opcheck(ops.lora_linear_grad_panels.default, (y, *panels, pattern, 0.5, DOUBLE, "auto"))
+    x, weight, _, lora_A, lora_B = plain
+    for wanted in ((x, weight, lora_A, lora_B, xa, bits), (None, None, None, None, xa, None)):
+        torch.library.opcheck(ops.lora_linear_backward.default, (y, *wanted, pattern, 0.5, 0.3, DOUBLE, "auto"))
 
 
 def test_compiles_without_a_graph_break_and_exports() -> None:

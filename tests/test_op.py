@@ -185,18 +185,16 @@ def test_each_gradient_is_computed_only_if_wanted(wanted: tuple[bool, ...]) -> N
         if flag:
             assert torch.equal(ours.grad, whole.grad)
     x, _, _, lora_A, lora_B = wanted
-    assert ran["grad_input/reference"] == x
-    assert ran["grad_lora_A/reference"] == lora_A
-    assert ran["grad_panels/reference"] == (x or lora_A or lora_B)
+    assert ran["backward/reference"] == (x or lora_A or lora_B)
 
 
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (("x", "lora_A", "lora_B"), {"x", "weight", "lora_A", "lora_B", "panel", "seed"}),
-        (("lora_A", "lora_B"), {"x", "lora_B", "panel", "seed"}),
+        (("x", "lora_A", "lora_B"), {"x", "weight", "lora_A", "lora_B", "panel", "bits"}),
+        (("lora_A", "lora_B"), {"x", "lora_B", "panel", "bits"}),
         (("lora_B",), {"panel"}),
-        (("x",), {"weight", "lora_A", "lora_B", "seed"}),
+        (("x",), {"weight", "lora_A", "lora_B", "bits"}),
         (("bias",), set()),
         (("weight",), {"x"}),
     ],
@@ -218,9 +216,10 @@ def test_saves_only_what_backward_reads(wanted: tuple[str, ...], expected: set[s
             training=True,
             seed=seed,
         )
-    addresses = {getattr(problem, name).data_ptr(): name for name in problem.NAMES} | {seed.data_ptr(): "seed"}
-    assert {addresses.get(t.data_ptr(), "panel") for t in saved} == expected
-    assert all(t.shape == (6, 3) for t in saved if t.data_ptr() not in addresses)
+    addresses = {getattr(problem, name).data_ptr(): name for name in problem.NAMES}
+    made = {torch.float32: ("panel", (6, 3)), torch.uint8: ("bits", (6, 2))}
+    assert {addresses.get(t.data_ptr(), made[t.dtype][0]) for t in saved} == expected
+    assert all(t.shape == made[t.dtype][1] for t in saved if t.data_ptr() not in addresses)
 
 
 def test_never_changes_an_input_or_a_saved_tensor(backend: str, device: str) -> None:
@@ -265,21 +264,22 @@ def test_opcheck(layout: str) -> None:
     if layout == "every other row":
         x = torch.cat([x, x]).detach()[::2].requires_grad_()
     seed = torch.tensor([3])
-    dropout = (seed, 0.3, 0, 0, "auto")
     ops = torch.ops.fused_lora
     arguments = (x, weight, bias, lora_A, lora_B, [True], seed, 0.5, 0.3, 0, 0, "auto")
     torch.library.opcheck(ops.lora_linear.default, arguments)
     torch.library.opcheck(ops.lora_linear.default, (x, weight, None, lora_A, lora_B, [True], None, *arguments[7:]))
     plain = [None if t is None else t.detach() for t in (x, weight, bias, lora_A, lora_B)]
-    y, xa = ops.lora_linear_forward(*plain, *arguments[5:])
+    y, xa, bits = ops.lora_linear_forward(*plain, *arguments[5:])
     torch.library.opcheck(ops.lora_linear_forward.default, (*plain, *arguments[5:]))
-    panels = ops.lora_linear_grad_panels
-    dyb, _ = panels(y, plain[4], xa, [True], 0.5, DOUBLE, "auto")
-    torch.library.opcheck(panels.default, (y, plain[4], xa, [True], 0.5, DOUBLE, "auto"))
-    torch.library.opcheck(panels.default, (y, None, xa, [True], 0.5, SINGLE, "auto"))
-    torch.library.opcheck(panels.default, (y, plain[4], None, [True], 0.5, DOUBLE, "auto"))
-    torch.library.opcheck(ops.lora_linear_grad_input.default, (y, plain[1], dyb, plain[3], *dropout))
-    torch.library.opcheck(ops.lora_linear_grad_lora_A.default, (dyb, plain[0], DOUBLE, *dropout))
+    x, weight, _, lora_A, lora_B = plain
+    rest = ([True], 0.5, 0.3, DOUBLE, "auto")
+    for wanted in (
+        (x, weight, lora_A, lora_B, xa, bits),
+        (None, None, None, None, xa, None),
+        (x, None, None, lora_B, None, bits),
+        (None, weight, lora_A, lora_B, None, None),
+    ):
+        torch.library.opcheck(ops.lora_linear_backward.default, (y, *wanted, *rest))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
