@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose_linear
+from .dispatch import autocast_dtype, choose_linear
 from .ops import direct, lib, make_differentiable, module_of, register, without_autocast
 from .reference import Dropout, Kept, dropout_threshold
 
@@ -193,7 +193,7 @@ class _LoRALinear(torch.autograd.Function):
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
     """The op of the same name, or what it would do, called directly; x is two-dimensional."""
     tensors = (x, weight, bias, lora_A, lora_B)
-    if not direct(*tensors) or torch.is_autocast_enabled(x.device.type):
+    if not direct(*tensors) or autocast_dtype(x.device.type) is not None:
         return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _LoRALinear.apply(*tensors, *rest)  # type: ignore[no-any-return]

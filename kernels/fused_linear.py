@@ -31,6 +31,7 @@ from .launch import Kept, bits_arguments, cdiv, input_precision, stated_work
 GROUP_M = 8
 # More would not fit in registers beside the tile.
 RANK_STEP = 32
+MOST_STEPS = 2
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _finish(
     tile_m, rows, first_column,
     M, J, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
@@ -88,11 +89,102 @@ def _finish(
         acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update * inverse_q, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
-    if DESCRIPTORS:
+    if STORED:
         out_ptr.store([tile_m * BLOCK_M, first_column.to(tl.int32)], acc.to(out_ptr.dtype))
     else:
         out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oj
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < J))
+
+
+@triton.jit
+def _compute_tile(
+    tile,
+    left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
+    right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
+    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    factor_ptr, stride_fr, stride_fj,  # [R, J]
+    bias_ptr, stride_bias,  # [J]
+    out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if STORED
+    bits_ptr, stride_bm, inverse_q,  # [M, cdiv(J, 8)], or None
+    M, J, I, R,  # R ranks in each slice
+    WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_j = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J)
+    group = tile // (GROUP_M * tiles_j)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + tile % (GROUP_M * tiles_j) % group_size
+    tile_j = tile % (GROUP_M * tiles_j) // group_size
+
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tile_j.to(tl.int64) * BLOCK_J
+    acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+    if bits_ptr is None:
+        columns = first_column + tl.arange(0, BLOCK_J)
+        first, last = tl.full((), 0, tl.int32), 1
+        if SLICES > 1:
+            last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
+            first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
+            last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+        for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
+            e = first + step // RANK_STEPS
+            slice = enabled_slice(e, SLICES, ENABLED)
+            acc = _add_ranks(
+                acc,
+                panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
+                factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
+                rows, columns, step % RANK_STEPS * BLOCK_R,
+                M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
+            )  # fmt: skip
+    if DESCRIPTORS:
+        for start in range(0, I, BLOCK_I):
+            left = left_ptr.load([tile_m * BLOCK_M, start])
+            if TRANSPOSED:
+                right = right_ptr.load([tile_j * BLOCK_J, start]).T
+            else:
+                right = right_ptr.load([start, tile_j * BLOCK_J])
+            acc = accumulate(left, right, acc, PRECISION)
+    else:
+        columns = first_column + tl.arange(0, BLOCK_J)
+        inner = tl.arange(0, BLOCK_I)
+        # Rows past M read the last row again, which needs no mask; their results are not stored.
+        left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
+        left_ptrs = left_row_ptrs + inner[None, :].to(tl.int64) * stride_li
+        right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
+        step = tl.full((), BLOCK_I, tl.int64)
+        for start in range(0, I, BLOCK_I):
+            if EVEN_I:
+                left = tl.load(left_ptrs)
+            else:
+                left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
+            if EVEN_I and EVEN_J:
+                right = tl.load(right_ptrs)
+            else:
+                right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
+            acc = accumulate(left, right, acc, PRECISION)
+            left_ptrs += step * stride_li
+            right_ptrs += step * stride_ri
+
+    HALF: tl.constexpr = BLOCK_J // 2
+    QUARTER: tl.constexpr = BLOCK_J // 4
+    halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
+        for quarter in tl.static_range(2):
+            _finish(
+                quarters[quarter],
+                panel_ptr, stride_pm, stride_pr,
+                factor_ptr, stride_fr, stride_fj,
+                bias_ptr, stride_bias,
+                out_ptr, stride_om, stride_oj,
+                bits_ptr, stride_bm, inverse_q,
+                tile_m, rows, first_column + half * HALF + quarter * QUARTER,
+                M, J, R,
+                BLOCK_M, QUARTER, BLOCK_R, STORED, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "stride_bm"])
@@ -102,92 +194,48 @@ def _fused_linear_kernel(
     panel_ptr, stride_pm, stride_pr,  # [M, R]
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
-    out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if DESCRIPTORS
+    out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if STORED
     bits_ptr, stride_bm, inverse_q,  # [M, cdiv(J, 8)], or None
     M, J, I, R,  # R ranks in each slice
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    PERSISTENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    tiles_m, tiles_j = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J)
-    for tile in range(tl.program_id(0), tiles_m * tiles_j, tl.num_programs(0)):
-        group = tile // (GROUP_M * tiles_j)
-        group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-        tile_m = group * GROUP_M + tile % (GROUP_M * tiles_j) % group_size
-        tile_j = tile % (GROUP_M * tiles_j) // group_size
-
-        rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        first_column = tile_j.to(tl.int64) * BLOCK_J
-        acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-        if bits_ptr is None:
-            columns = first_column + tl.arange(0, BLOCK_J)
-            first, last = tl.full((), 0, tl.int32), 1
-            if SLICES > 1:
-                last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
-                first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
-                last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
-            for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
-                e = first + step // RANK_STEPS
-                slice = enabled_slice(e, SLICES, ENABLED)
-                acc = _add_ranks(
-                    acc,
-                    panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
-                    factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
-                    rows, columns, step % RANK_STEPS * BLOCK_R,
-                    M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
-                )  # fmt: skip
-        if DESCRIPTORS:
-            for start in range(0, I, BLOCK_I):
-                left = left_ptr.load([tile_m * BLOCK_M, start])
-                if TRANSPOSED:
-                    right = right_ptr.load([tile_j * BLOCK_J, start]).T
-                else:
-                    right = right_ptr.load([start, tile_j * BLOCK_J])
-                acc = accumulate(left, right, acc, PRECISION)
-        else:
-            columns = first_column + tl.arange(0, BLOCK_J)
-            inner = tl.arange(0, BLOCK_I)
-            # Rows past M read the last row again, which needs no mask; their results are not stored.
-            left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
-            left_ptrs = left_row_ptrs + inner[None, :].to(tl.int64) * stride_li
-            right_ptrs = right_ptr + inner[:, None].to(tl.int64) * stride_ri + columns[None, :] * stride_rj
-            step = tl.full((), BLOCK_I, tl.int64)
-            for start in range(0, I, BLOCK_I):
-                if EVEN_I:
-                    left = tl.load(left_ptrs)
-                else:
-                    left = tl.load(left_ptrs, mask=inner[None, :] < I - start, other=0.0)
-                if EVEN_I and EVEN_J:
-                    right = tl.load(right_ptrs)
-                else:
-                    right = tl.load(right_ptrs, mask=(inner[:, None] < I - start) & (columns[None, :] < J), other=0.0)
-                acc = accumulate(left, right, acc, PRECISION)
-                left_ptrs += step * stride_li
-                right_ptrs += step * stride_ri
-
-        HALF: tl.constexpr = BLOCK_J // 2
-        QUARTER: tl.constexpr = BLOCK_J // 4
-        halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
-            for quarter in tl.static_range(2):
-                _finish(
-                    quarters[quarter],
-                    panel_ptr, stride_pm, stride_pr,
-                    factor_ptr, stride_fr, stride_fj,
-                    bias_ptr, stride_bias,
-                    out_ptr, stride_om, stride_oj,
-                    bits_ptr, stride_bm, inverse_q,
-                    tile_m, rows, first_column + half * HALF + quarter * QUARTER,
-                    M, J, R,
-                    BLOCK_M, QUARTER, BLOCK_R, DESCRIPTORS, PRECISION,
-                )  # fmt: skip
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
+            _compute_tile(
+                tile,
+                left_ptr, stride_lm, stride_li,
+                right_ptr, stride_ri, stride_rj,
+                panel_ptr, stride_pm, stride_pr,
+                factor_ptr, stride_fr, stride_fj,
+                bias_ptr, stride_bias,
+                out_ptr, stride_om, stride_oj,
+                bits_ptr, stride_bm, inverse_q,
+                M, J, I, R, WIDTH, SLICES, ENABLED,
+                BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
+                DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
+            )  # fmt: skip
+    else:
+        _compute_tile(
+            tl.program_id(0),
+            left_ptr, stride_lm, stride_li,
+            right_ptr, stride_ri, stride_rj,
+            panel_ptr, stride_pm, stride_pr,
+            factor_ptr, stride_fr, stride_fj,
+            bias_ptr, stride_bias,
+            out_ptr, stride_om, stride_oj,
+            bits_ptr, stride_bm, inverse_q,
+            M, J, I, R, WIDTH, SLICES, ENABLED,
+            BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
+            DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
+        )  # fmt: skip
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -221,17 +269,22 @@ def _fused_linear(
     touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
-    descriptors = tile.descriptors and I > 0 and all(map(_describable, (left, rows_of_right, out)))
+    descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
+    stored = descriptors and _describable(out)
+    rank_steps = cdiv(R, block_r)
+    # More steps before the loop leave no registers for a loop around it.
+    persistent = stored and (kept is not None or touched * rank_steps <= MOST_STEPS)
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
+    if persistent:
+        programs = min(programs, processors(left.device))
     arguments: tuple[Tensor | TensorDescriptor, ...] = left, right, out
     if descriptors:
         block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
         arguments = (
             TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i]),
             TensorDescriptor.from_tensor(rows_of_right, block),
-            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_j // 4]),
+            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_j // 4]) if stored else out,
         )
-        programs = min(programs, processors(left.device))
     _fused_linear_kernel[(programs,)](
         arguments[0], *left.stride(),
         arguments[1], *right.stride(),
@@ -242,8 +295,8 @@ def _fused_linear(
         inverse_q=1.0 if kept is None else 1 / kept.keep_probability,
         M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        SLICE_STEPS=touched, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
-        DESCRIPTORS=descriptors, TRANSPOSED=transposed,
+        SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M,
+        DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
         EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
         PDL=tiles.pdl, launch_pdl=tiles.pdl,

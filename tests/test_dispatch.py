@@ -43,7 +43,9 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_LORA_BACKEND", "reference")
     assert "asked for" in fused_lora.explain(layer, x).reason
     monkeypatch.setenv("FUSED_LORA_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="FUSED_LORA_BACKEND is 'cuda'; expected one of auto, reference, triton, unfused"):
+    with pytest.raises(
+        ValueError, match="FUSED_LORA_BACKEND is 'cuda'; expected one of auto, reference, triton, unfused"
+    ):
         layer(x)
     with fused_lora.use_backend("reference"):
         layer(x)

@@ -1,0 +1,78 @@
+"""Where nobody watches, the ops' implementations are called without the ops; the numbers are the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fused_lora
+from fused_lora import embedding_op, functional, linear_op, weight_op
+from fused_lora.ops import direct
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def tensors() -> list[torch.Tensor]:
+    shapes = [(6, 10), (4, 10), (4,), (3, 10), (4, 3)]
+    return [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def test_plain_tensors_are_direct_and_watched_ones_are_not() -> None:
+    x = torch.randn(2, 2)
+    assert direct(x, None, torch.nn.Parameter(x))
+    assert not direct(x.as_subclass(Subclass))
+    with FakeTensorMode() as mode:
+        assert not direct(x) and not direct(mode.from_tensor(x))
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(direct(row)), row)[1])(x)
+    torch.func.grad(lambda t: (seen.append(direct(t)), t.sum())[1])(x)
+    torch.jit.trace(lambda t: (seen.append(direct(t)), t + 1)[1], x, check_trace=False)
+    make_fx(lambda t: (seen.append(direct(t)), t + 1)[1])(x)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_numbers_are_the_ops(p: float) -> None:
+    seed = torch.tensor([5]) if p > 0 else None
+    results = []
+    for call in (linear_op.lora_linear, torch.ops.fused_lora.lora_linear):
+        torch.manual_seed(0)
+        inputs = tensors()
+        y = call(*inputs, [True], seed, 0.5, p, 0, 0, "auto")
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_a_watcher_still_sees_the_ops() -> None:
+    x, weight, _, lora_A, lora_B = tensors()
+    graph = make_fx(lambda *t: functional.lora_linear(*t))(*(t.detach() for t in (x, weight, lora_A, lora_B)))
+    names = {str(node.target) for node in graph.graph.nodes}
+    assert "fused_lora.lora_linear.default" in names
+    indices = torch.tensor([0, 3])
+    looked_up = make_fx(lambda i, *t: functional.lora_embedding(i, *t))(
+        indices, weight.detach(), torch.randn(3, 4, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64)
+    )
+    assert "fused_lora.lora_embedding.default" in {str(node.target) for node in looked_up.graph.nodes}
+    added = make_fx(lambda *t: functional.effective_weight(*t))(weight.detach(), lora_A.detach(), lora_B.detach())
+    assert "fused_lora.lora_effective_weight.default" in {str(node.target) for node in added.graph.nodes}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_op_is_entered_without_a_watcher(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forbidden:
+        def __getattr__(self, name: str) -> None:
+            raise AssertionError(f"the op {name} was entered")
+
+    for module in (linear_op, embedding_op, weight_op):
+        monkeypatch.setattr(module.torch.ops, "fused_lora", Forbidden())
+    linear, embedding = fused_lora.Linear(4, 4, r=2, lora_dropout=0.1), fused_lora.Embedding(5, 4, r=2)
+    conv = fused_lora.Conv1d(2, 4, 3, r=2)
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        outputs = linear(x), embedding(torch.tensor([1])), conv(torch.randn(1, 2, 5))
+    if grad:
+        sum(y.sum() for y in outputs).backward()
