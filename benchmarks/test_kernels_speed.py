@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import capture
-from fused_lora.reference import Dropout, Kept, dropout_threshold
+from fused_lora.reference import Dropout, dropout_threshold
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -45,10 +45,10 @@ def cuda_timer() -> float:
     return time.perf_counter()
 
 
-def mask(x: Tensor) -> tuple[Dropout, Kept]:
+def mask(x: Tensor) -> tuple[Dropout, Tensor]:
     """The dropout that a forward draws on x, and what of it a backward is given."""
     dropout = Dropout(torch.tensor([97], device=x.device), dropout_threshold(P))
-    return dropout, dropout.kept(*x.shape)
+    return dropout, dropout.bits(*x.shape)
 
 
 def forward_calls(layer: Layer) -> dict[str, Call]:
@@ -70,23 +70,23 @@ def backward_calls(layer: Layer) -> dict[str, Call]:
     from fused_lora import fused
 
     x, weight, lora_A, lora_B, dy = (t.detach() for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.dy))
-    kept = mask(x)[1]
+    bits = mask(x)[1]
     xa = x.new_ones(len(x), len(lora_A))
     dyb = xa
     scaling, dtype = layer.scaling, lora_A.dtype
 
-    def whole(kept: Kept | None) -> Call:
+    def whole(bits: Tensor | None) -> Call:
         tensors = dy, x, weight, lora_A, lora_B, xa
-        return lambda: fused.backward(*tensors, kept=kept, scaling=scaling, dtype=dtype, enable_lora=(True,))
+        return lambda: fused.backward(*tensors, bits=bits, scaling=scaling, dtype=dtype, enable_lora=(True,))
 
     return {
         "grad_panels": lambda: fused.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype),
-        "grad_input": lambda: fused.grad_input(dy, weight, dyb, lora_A, kept=None),
-        "grad_input, dropout": lambda: fused.grad_input(dy, weight, dyb, lora_A, kept=kept),
-        "grad_lora_A": lambda: fused.grad_lora_A(dyb, x, kept=None, dtype=dtype),
-        "grad_lora_A, dropout": lambda: fused.grad_lora_A(dyb, x, kept=kept, dtype=dtype),
+        "grad_input": lambda: fused.grad_input(dy, weight, dyb, lora_A, bits=None),
+        "grad_input, dropout": lambda: fused.grad_input(dy, weight, dyb, lora_A, bits=bits),
+        "grad_lora_A": lambda: fused.grad_lora_A(dyb, x, bits=None, dtype=dtype),
+        "grad_lora_A, dropout": lambda: fused.grad_lora_A(dyb, x, bits=bits, dtype=dtype),
         "backward": whole(None),
-        "backward, dropout": whole(kept),
+        "backward, dropout": whole(bits),
     }
 
 

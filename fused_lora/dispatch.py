@@ -87,7 +87,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def count_paths() -> Iterator[Counter[str]]:
     """Counts, for every thread while the block runs, how often each op took each path.
 
-    Keys are "<op>/<path>", for instance "forward/triton".
+    Keys are "<op>/<path>", for instance "forward/triton". A backward that torch's own autograd computes, as that of
+    "forward/unfused" without dropout, is no op and not counted.
     """
     counter: Counter[str] = Counter()
     _counters.append(counter)

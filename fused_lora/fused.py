@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels import adapter_grad, fused_linear, low_rank_update, panel
-from .reference import Dropout, Kept
+from .reference import Dropout
 
 _HERE: AbstractContextManager[object] = nullcontext()
 
@@ -52,16 +52,16 @@ def grad_panels(
         return adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, kept: Kept | None) -> Tensor:
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, bits: Tensor | None) -> Tensor:
     """dx [M, K] in dy.dtype."""
     with on(dy):
-        return fused_linear.grad_input(dy, weight, dyb, lora_A, kept)
+        return fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
 
 
-def grad_lora_A(dyb: Tensor, x: Tensor, *, kept: Kept | None, dtype: torch.dtype) -> Tensor:
+def grad_lora_A(dyb: Tensor, x: Tensor, *, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`."""
     with on(x):
-        return adapter_grad.grad_lora_A(dyb, x, kept, dtype)
+        return adapter_grad.grad_lora_A(dyb, x, bits, dtype)
 
 
 def backward(
@@ -72,24 +72,18 @@ def backward(
     lora_B: Tensor | None,
     xa: Tensor | None,
     *,
-    kept: Kept | None,
+    bits: Tensor | None,
     scaling: float,
     dtype: torch.dtype,
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
+    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     with on(dy):
         dyb, db = adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
         if dyb is None:
             return None, None, db
-        if weight is None or lora_A is None:
-            return None, None if x is None else adapter_grad.grad_lora_A(dyb, x, kept, dtype), db
-        if x is None or x.numel() == 0 or dy.numel() == 0:
-            da = None if x is None else adapter_grad.grad_lora_A(dyb, x, kept, dtype)
-            return fused_linear.grad_input(dy, weight, dyb, lora_A, kept), da, db
-        grad_lora_A = adapter_grad.GradLoraA(x, dyb.shape[1], kept, dtype)
-        dx = fused_linear.grad_input(dy, weight, dyb, lora_A, kept)
-        return dx, grad_lora_A.launch(dyb, beside=True), db
+        dx = None if weight is None or lora_A is None else fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
+        return dx, None if x is None else adapter_grad.grad_lora_A(dyb, x, bits, dtype), db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dispatch import autocast_dtype, choose_linear
 from .ops import direct, lib, make_differentiable, module_of, register, without_autocast
-from .reference import Dropout, Kept, dropout_threshold
+from .reference import Dropout, dropout_threshold
 
 _FORWARD_ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, bool[] enable_lora, "
@@ -71,11 +71,12 @@ def _gradients(
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
-    kept = None if bits is None else Kept(bits, 1 - dropout_threshold(dropout_p) / 65536)
+    if bits is not None:
+        scaling /= 1 - dropout_threshold(dropout_p) / 65536
     features = [matrix.shape[1] for matrix in (dy, x, weight) if matrix is not None]
     choice = choose_linear(backend, dy.device, dy.dtype, dtype, len(dy), *features)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
-        dy, x, weight, lora_A, lora_B, xa, kept=kept, scaling=scaling, dtype=dtype, enable_lora=enable_lora
+        dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
     )
     return gradients
 
@@ -196,6 +197,11 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, 
     if not direct(*tensors) or autocast_dtype(x.device.type) is not None:
         return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        enable_lora, seed, scaling, *_, backend = rest
+        if seed is None and len(enable_lora) == 1 and lora_A.dtype == x.dtype:
+            choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, len(x), *weight.shape)
+            if choice.path == "unfused":
+                return module_of("forward", choice).differentiable(*tensors, scaling)  # type: ignore[no-any-return]
         return _LoRALinear.apply(*tensors, *rest)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)
 

@@ -4,18 +4,19 @@
 
     xa  = scaling * (keep * x / q) @ lora_A.T          [M, R]
     y   = x @ weight.T + xa @ lora_B.T + bias          [M, N]
-    dyb = scaling * dy @ lora_B                        [M, R]
-    dx  = dy @ weight + keep * (dyb @ lora_A) / q      [M, K]
-    da  = dyb.T @ (keep * x / q)                       [R, K]
+    dyb = scaling / q * dy @ lora_B                    [M, R]
+    dx  = dy @ weight + keep * (dyb @ lora_A)          [M, K]
+    da  = dyb.T @ (keep * x)                           [R, K]
     db  = dy.T @ xa                                    [N, R]
 
 MergedLinear cuts N into equal slices, of which `enable_lora` names those with an adapter. lora_A and both panels then
 hold R rows or columns for each enabled slice, lora_B and db its N / slices rows, one slice after another; x, dx and da
 see one adapter whose rank is their sum.
 
-The panels `xa` and `dyb` carry `scaling` already. The factors scaling and 1/q enter as the `alpha` of a GEMM, so
-that they act on its accumulator and cost no rounding of their own. `lora_A` and `lora_B`
-may be float32 beside a half-precision `x`: products then see them rounded to `x.dtype`, gradients stay float32.
+The panels `xa` and `dyb` carry `scaling` and 1/q already, which enter as the `alpha` of a GEMM, so that they act on
+its accumulator and cost no rounding of their own. Of the mask, one bit per element is saved for backward. `lora_A` and
+`lora_B` may be float32 beside a half-precision `x`: products then see them rounded to `x.dtype`, and their gradients
+stay float32.
 
 The LoRA update is that of Hu et al. 2021 (arXiv:2106.09685); the random bits are Philox-4x32 of Salmon et al. 2011
 (doi:10.1145/2063384.2063405) with 7 rounds.
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,24 +67,12 @@ class Dropout:
             keep[start:stop] = lanes.flatten(1)[:, skip : skip + columns] >= self.threshold
         return keep
 
-    def kept(self, rows: int, columns: int) -> Kept:
-        """The same, as it is saved for backward."""
+    def bits(self, rows: int, columns: int) -> Tensor:
+        """The same as saved for backward: uint8 [rows, ceil(columns / 8)]; bit j of byte i is column 8 * i + j."""
         blocks = (columns + 7) // 8
         whole_bytes = self.mask(rows, 8 * blocks).view(rows, blocks, 8)
         values = torch.tensor(_BITS, dtype=torch.uint8, device=whole_bytes.device)
-        return Kept((whole_bytes * values).sum(2, dtype=torch.uint8), self.keep_probability)
-
-
-class Kept(NamedTuple):
-    """A mask's bits, uint8 [M, ceil(K / 8)], of which bit j of byte i is column 8 * i + j, and q."""
-
-    bits: Tensor
-    keep_probability: float
-
-    def mask(self, columns: int) -> Tensor:
-        """keep, bool [M, columns]."""
-        values = torch.tensor(_BITS, dtype=torch.uint8, device=self.bits.device)
-        return (self.bits[:, :, None] & values).flatten(1)[:, :columns] != 0
+        return (whole_bytes * values).sum(2, dtype=torch.uint8)
 
 
 def dropout_threshold(p: float) -> int:
@@ -122,11 +110,13 @@ def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
 
 
-def _masked(x: Tensor, kept: Kept | None) -> tuple[Tensor, float]:
-    """keep * x, and the 1/q that is still owed."""
-    if kept is None:
-        return x, 1.0
-    return torch.where(kept.mask(x.shape[1]), x, 0.0), 1 / kept.keep_probability
+def _kept(value: Tensor, bits: Tensor | None) -> Tensor:
+    """keep * value, both [M, K], of the mask with these bits; value itself without."""
+    if bits is None:
+        return value
+    values = torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)
+    keep = (bits[:, :, None] & values).flatten(1)[:, : value.shape[1]] != 0
+    return torch.where(keep, value, 0.0)
 
 
 def forward(
@@ -144,16 +134,15 @@ def forward(
 
     Differentiable by plain autograd, as the tests' oracle is.
     """
-    kept = None if dropout is None else dropout.kept(*x.shape)
-    dropped, inverse_q = _masked(x, kept)
-    xa = product(dropped, lora_A.to(x.dtype).T, scaling * inverse_q)
+    bits, inverse_q = (None, 1.0) if dropout is None else (dropout.bits(*x.shape), 1 / dropout.keep_probability)
+    xa = product(_kept(x, bits), lora_A.to(x.dtype).T, scaling * inverse_q)
     base = torch.nn.functional.linear(x, weight, bias)
     adapters = zip(xa.tensor_split(sum(enable_lora), 1), lora_B.to(x.dtype).tensor_split(sum(enable_lora)), strict=True)
     slices = [
         _add_adapter(piece, *next(adapters)) if enabled else piece
         for piece, enabled in zip(base.tensor_split(len(enable_lora), 1), enable_lora, strict=True)
     ]
-    return _joined(slices, 1), xa, None if kept is None else kept.bits
+    return _joined(slices, 1), xa, bits
 
 
 def _add_adapter(base: Tensor, panel: Tensor, lora_B: Tensor) -> Tensor:
@@ -185,18 +174,16 @@ def grad_panels(
     return dyb, db
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, kept: Kept | None) -> Tensor:
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, bits: Tensor | None) -> Tensor:
     """dx [M, K] in dy.dtype."""
-    if kept is None:
+    if bits is None:
         return torch.addmm(dy @ weight, dyb, lora_A.to(dy.dtype))
-    update = product(dyb, lora_A.to(dy.dtype), 1 / kept.keep_probability)
-    return dy @ weight + torch.where(kept.mask(update.shape[1]), update, 0.0)
+    return dy @ weight + _kept(dyb @ lora_A.to(dy.dtype), bits)
 
 
-def grad_lora_A(dyb: Tensor, x: Tensor, *, kept: Kept | None, dtype: torch.dtype) -> Tensor:
+def grad_lora_A(dyb: Tensor, x: Tensor, *, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`."""
-    dropped, inverse_q = _masked(x, kept)
-    return product(dyb.T.to(dtype), dropped.to(dtype), inverse_q)
+    return dyb.T.to(dtype) @ _kept(x, bits).to(dtype)
 
 
 def backward(
@@ -207,17 +194,17 @@ def backward(
     lora_B: Tensor | None,
     xa: Tensor | None,
     *,
-    kept: Kept | None,
+    bits: Tensor | None,
     scaling: float,
     dtype: torch.dtype,
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
+    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     dyb, db = grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype, enable_lora=enable_lora)
     if dyb is None:
         return None, None, db
-    dx = None if weight is None or lora_A is None else grad_input(dy, weight, dyb, lora_A, kept=kept)
-    return dx, None if x is None else grad_lora_A(dyb, x, kept=kept, dtype=dtype), db
+    dx = None if weight is None or lora_A is None else grad_input(dy, weight, dyb, lora_A, bits=bits)
+    return dx, None if x is None else grad_lora_A(dyb, x, bits=bits, dtype=dtype), db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The same functions as reference.py for shapes where cuBLAS and a second pass over y and dx take less time.
 
-Those are few rows, above all: a launch each is what counts there. Masks are drawn and applied by kernels.
+Those are few rows, above all: what counts there is the number of launches, and the host's time for each. Masks are
+drawn and applied by kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .fused import effective_weight, embedding, on
 from .kernels import mask
-from .reference import Dropout, Kept, product
+from .reference import Dropout, product
 
 __all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels"]
 
@@ -29,13 +30,12 @@ def _pieces(matrix: Tensor, count: int, dim: int) -> Sequence[Tensor]:
     return (matrix,) if count == 1 else matrix.tensor_split(count, dim)
 
 
-def _product(left: Tensor, right: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """factor * left @ right in dtype, from float32 sums."""
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in dtype, from float32 sums."""
     if left.dtype == dtype:
-        return left @ right if factor == 1.0 else product(left, right, factor)
+        return left @ right
     # Only cuBLAS gives half-precision products in float32.
-    wide = torch.mm(left, right, out_dtype=dtype) if left.is_cuda else left.to(dtype) @ right.to(dtype)
-    return wide if factor == 1.0 else wide.mul_(factor)
+    return torch.mm(left, right, out_dtype=dtype) if left.is_cuda else left.to(dtype) @ right.to(dtype)
 
 
 def forward(
@@ -64,6 +64,14 @@ def forward(
     return y, xa, bits
 
 
+def differentiable(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """y [M, N] without dropout, which torch's own autograd differentiates: that costs the host less than a Function."""
+    base = torch.nn.functional.linear(x, weight, bias)
+    return torch.addmm(base, x @ lora_A.T, lora_B.T, alpha=scaling)
+
+
 def grad_panels(
     dy: Tensor,
     lora_B: Tensor | None,
@@ -81,7 +89,7 @@ def grad_panels(
         dyb = _joined([product(piece, factor, scaling) for piece, factor in pieces], 1)
     if xa is not None:
         pieces = zip(_enabled(dy, enable_lora), _pieces(xa, enabled, 1), strict=True)
-        db = _joined([_product(piece.T, panel, 1.0, dtype) for piece, panel in pieces], 0)
+        db = _joined([_product(piece.T, panel, dtype) for piece, panel in pieces], 0)
     return dyb, db
 
 
@@ -93,12 +101,12 @@ def backward(
     lora_B: Tensor | None,
     xa: Tensor | None,
     *,
-    kept: Kept | None,
+    bits: Tensor | None,
     scaling: float,
     dtype: torch.dtype,
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
+    """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     dx = da = None
     with on(dy):
         dyb, db = grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype, enable_lora=enable_lora)
@@ -106,13 +114,12 @@ def backward(
             return None, None, db
         if weight is not None and lora_A is not None:
             dx, factor = dy @ weight, lora_A.to(dy.dtype)
-            if kept is None:
+            if bits is None:
                 dx.addmm_(dyb, factor)
             else:
-                mask.add_kept_(dx, product(dyb, factor, 1 / kept.keep_probability), kept)
+                mask.add_kept_(dx, dyb @ factor, bits)
         if x is not None:
-            dropped, inverse_q = (x, 1.0) if kept is None else (mask.drop_again(x, kept), 1 / kept.keep_probability)
-            da = _product(dyb.T, dropped, inverse_q, dtype)
+            da = _product(dyb.T, x if bits is None else mask.drop_again(x, bits), dtype)
     return dx, da, db
 
 

@@ -9,20 +9,18 @@ A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import AdapterGradTile, Tiles, rank_block, tiles_for
-from .launch import Kept, bits_arguments, cdiv, input_precision, stated_work
+from .config import AdapterGradTile, rank_block, tiles_for
+from .launch import bits_arguments, cdiv, input_precision, stated_work
 from .panel import panel as compute_panel
 from .reduce import reduce
 
@@ -40,7 +38,7 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 # stride_ds is a multiple of M, and M must not make new kernels.
 @triton.jit(
     launch_metadata=_work,
-    do_not_specialize=["stride_ds", "stride_bm", "M", "ROWS"],
+    do_not_specialize=["stride_ds", "M", "ROWS"],
 )
 def _adapter_grad_kernel(
     left_ptr, stride_lm, stride_li,  # [M, SLICES * I]
@@ -54,12 +52,7 @@ def _adapter_grad_kernel(
     SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_I: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        if not BESIDE:
-            gdc_wait()
-        gdc_launch_dependents()
     tiles = tl.cdiv(I, BLOCK_I)
     tile, split = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
     if SLICES > 1:
@@ -100,34 +93,6 @@ def _adapter_grad_kernel(
         acc = accumulate(left.T, panel, acc, PRECISION)
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
     tl.store(grad_ptrs, acc, mask=(inner[:, None] < I) & in_ranks)
-    if PDL and BESIDE:
-        # So that who waits for this kernel has waited for the one beside it.
-        gdc_wait()
-
-
-@dataclass(frozen=True)
-class _Partials:
-    """Where a launch puts its partial gradients [splits, I, R], or [splits, R, I], and products [tiles, M, R]."""
-
-    tile: AdapterGradTile
-    rows: int
-    grad: Tensor
-    product: Tensor | None
-
-
-def _allocate(
-    left: Tensor, R: int, tiles: Tiles, tile: AdapterGradTile, enabled: int, I: int, *, product: bool, transposed: bool
-) -> _Partials:
-    M = len(left)
-    grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, rank_block(R))
-    steps = cdiv(M, tile.block_m)
-    programs = tile.programs or tiles.programs
-    rows = tile.block_m * cdiv(steps, min(steps, max(1, programs // (enabled * grid_i * grid_r))))
-    splits = cdiv(M, rows)
-    shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
-    grad = left.new_empty(shape, dtype=torch.float32)
-    products = left.new_empty((grid_i, M, enabled * R), dtype=torch.float32) if product else None
-    return _Partials(tile, rows, grad, products)
 
 
 def _launch(
@@ -135,31 +100,39 @@ def _launch(
     panel: Tensor,
     factor: Tensor | None,
     bits: Tensor | None,
-    enable_lora: Sequence[bool],
-    partials: _Partials,
+    tile: AdapterGradTile,
+    enable_lora: Sequence[bool] = (True,),
     *,
     transposed: bool,
-    pdl: bool,
-    beside: bool = False,
-) -> None:
-    """Fills the partials. With slices, the enabled ones' gradients and products stand one after another."""
+) -> tuple[Tensor, Tensor | None]:
+    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
+
+    With slices, the enabled ones' gradients and products stand one after another in I and in R respectively.
+    """
     M, I, enabled = len(left), left.shape[1] // len(enable_lora), sum(enable_lora)
     R = panel.shape[1] // enabled
-    tile, grad, product, block_r = partials.tile, partials.grad, partials.product, rank_block(R)
+    block_r = rank_block(R)
+    grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, block_r)
+    steps = cdiv(M, tile.block_m)
+    rows = tile.block_m * cdiv(steps, min(steps, max(1, tile.programs // (enabled * grid_i * grid_r))))
+    splits = cdiv(M, rows)
+    shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
+    grad = left.new_empty(shape, dtype=torch.float32)
     strides = grad.stride() if not transposed else (grad.stride(0), grad.stride(2), grad.stride(1))
-    _adapter_grad_kernel[(enabled * cdiv(I, tile.block_i), len(grad), cdiv(R, block_r))](
+    product = None if factor is None else left.new_empty((grid_i, M, enabled * R), dtype=torch.float32)
+    _adapter_grad_kernel[(enabled * grid_i, splits, grid_r)](
         left, *left.stride(),
         panel, *panel.stride(),
         grad, *strides,
         factor, *((0, 0) if factor is None else factor.stride()),
         product, *((0, 0, 0) if product is None else product.stride()),
-        M=M, I=I, R=R, ROWS=partials.rows, **slice_arguments(enable_lora),
+        M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
-        PDL=pdl, BESIDE=beside, launch_pdl=pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **bits_arguments(bits),
     )  # fmt: skip
+    return grad, product
 
 
 def grad_panels(
@@ -181,43 +154,18 @@ def grad_panels(
     if dy.numel() == 0:
         dyb = None if lora_B is None else torch.zeros_like(xa, dtype=dy.dtype)
         return dyb, xa.new_zeros((enabled * I, R), dtype=dtype)
-    tiles = tiles_for(dy.device, dy.dtype, I)
-    tile = tiles.adapter_grad[rank_block(R)]
-    together = lora_B is not None and R <= FUSED_RANK
-    partials = _allocate(dy, R, tiles, tile, enabled, I, product=together, transposed=False)
-    factor = lora_B if together else None
-    _launch(dy, xa, factor, None, enable_lora, partials, transposed=False, pdl=tiles.pdl)
-    if partials.product is not None:
-        return reduce(partials.product, dy.dtype, scaling, (partials.grad, dtype), pdl=tiles.pdl)
+    factor = lora_B if R <= FUSED_RANK else None
+    tile = tiles_for(dy.device, dy.dtype, I).adapter_grad[rank_block(R)]
+    partial_db, partial_dyb = _launch(dy, xa, factor, None, tile, enable_lora, transposed=False)
+    if partial_dyb is not None:
+        return reduce(partial_dyb, dy.dtype, scaling, (partial_db, dtype))
     dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
-    return dyb, reduce(partials.grad, dtype, pdl=tiles.pdl)[0]
+    return dyb, reduce(partial_db, dtype)[0]
 
 
-class GradLoraA:
-    """da [R, K] of dyb [M, R] and x [M, K], in two steps: memory first, so that the launch can follow another kernel.
-
-    `beside`: the kernel before it in the stream is one of this package's that has waited for dyb and is not waited
-    for: both run at once. Its memory must be taken (the constructor) before that kernel is launched, since the
-    allocator hands out again what the kernels before that one have used, and only they are sure to have ended.
-    """
-
-    def __init__(self, x: Tensor, R: int, kept: Kept | None, dtype: torch.dtype) -> None:
-        self._x, self._kept = x, kept
-        self._tiles = tiles_for(x.device, x.dtype, x.shape[1])
-        self._out = x.new_empty((R, x.shape[1]), dtype=dtype)
-        tile, I = self._tiles.grad_lora_A[rank_block(R)], x.shape[1]
-        self._partials = _allocate(x, R, self._tiles, tile, 1, I, product=False, transposed=True)
-
-    def launch(self, dyb: Tensor, *, beside: bool) -> Tensor:
-        bits = None if self._kept is None else self._kept.bits
-        inverse_q = 1.0 if self._kept is None else 1 / self._kept.keep_probability
-        pdl, dtype = self._tiles.pdl, self._out.dtype
-        _launch(self._x, dyb, None, bits, (True,), self._partials, transposed=True, pdl=pdl, beside=beside)
-        return reduce(self._partials.grad, dtype, inverse_q, out=self._out, pdl=pdl)[0]
-
-
-def grad_lora_A(dyb: Tensor, x: Tensor, kept: Kept | None, dtype: torch.dtype) -> Tensor:
+def grad_lora_A(dyb: Tensor, x: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`, of dyb [M, R] and x [M, K]."""
     if x.numel() == 0:
         return x.new_zeros((dyb.shape[1], x.shape[1]), dtype=dtype)
-    return GradLoraA(x, dyb.shape[1], kept, dtype).launch(dyb, beside=False)
+    tile = tiles_for(x.device, x.dtype, x.shape[1]).grad_lora_A[rank_block(dyb.shape[1])]
+    return reduce(_launch(x, dyb, None, bits, tile, transposed=True)[0], dtype)[0]

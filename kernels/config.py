@@ -48,7 +48,7 @@ class AdapterGradTile:
     block_i: int
     num_warps: int
     num_stages: int
-    programs: int = 0  # how many fill the GPU; 0 takes the table's number
+    programs: int  # how many fill the GPU
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,12 @@ RANK_BLOCKS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Tiles:
-    """What each kernel uses, how many programs fill the GPU where a kernel may choose their number, and whether kernels
-    are launched while the one before them ends.
-
-    adapter_grad is for db, with dyb from the same read or without; grad_lora_A for da, on Hopper so small that a
-    multiprocessor can run it beside a program of `linear`.
-    """
+    """What each kernel uses. adapter_grad is for db, with dyb from the same read or without; grad_lora_A for da."""
 
     linear: LinearTile
     panel: MappingProxyType[int, PanelTile]
     adapter_grad: MappingProxyType[int, AdapterGradTile]
     grad_lora_A: MappingProxyType[int, AdapterGradTile]
-    programs: int
-    pdl: bool = False
     update: UpdateTile = UpdateTile(block_m=32, block_j=128, num_warps=8, num_stages=1)
 
 
@@ -97,18 +90,17 @@ SAFE = Tiles(
         PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
     ),
     adapter_grad=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
     ),
     grad_lora_A=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
     ),
-    programs=256,
 )
 
 AMPERE = Tiles(
@@ -120,18 +112,17 @@ AMPERE = Tiles(
         PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
     ),
     adapter_grad=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
     ),
     grad_lora_A=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
+        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
     ),
-    programs=256,
 )
 
 HOPPER = Tiles(
@@ -143,19 +134,17 @@ HOPPER = Tiles(
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
     ),
     adapter_grad=_by_rank(
-        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
-        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
+        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3, programs=132),
+        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3, programs=132),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=132),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=132),
     ),
     grad_lora_A=_by_rank(
-        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=528),
-        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=528),
+        AdapterGradTile(block_m=128, block_i=64, num_warps=4, num_stages=3, programs=528),
+        AdapterGradTile(block_m=128, block_i=64, num_warps=4, num_stages=3, programs=528),
         AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=264),
         AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=3, programs=264),
     ),
-    programs=132,
-    pdl=True,
 )
 
 BLACKWELL = HOPPER
@@ -163,25 +152,22 @@ BLACKWELL = HOPPER
 IRREGULAR = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=32, num_warps=4, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=4, num_stages=2)] * 4),
-    adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2)] * 4),
-    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2)] * 4),
-    programs=256,
+    adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2, programs=256)] * 4),
+    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2, programs=256)] * 4),
 )
 
 FLOAT32 = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=16, num_warps=8, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=32, num_warps=8, num_stages=2)] * 4),
-    adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
-    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2)] * 4),
-    programs=256,
+    adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2, programs=256)] * 4),
+    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2, programs=256)] * 4),
 )
 
 INTERPRETER = Tiles(
     linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=1, descriptors=True),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
-    adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
-    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
-    programs=6,
+    adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
+    grad_lora_A=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
     update=UpdateTile(block_m=16, block_j=32, num_warps=4, num_stages=1),
 )
 
@@ -203,7 +189,7 @@ def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bo
 def processors(device: torch.device) -> int:
     """How many programs of a whole multiprocessor run at once; few for a CPU, so that each gets several tiles."""
     if device.type == "cpu":
-        return INTERPRETER.programs
+        return 6
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

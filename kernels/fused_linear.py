@@ -1,9 +1,9 @@
-"""One GEMM with a low-rank term in the same kernel: out = left @ right + keep * (panel @ factor) / q + bias.
+"""One GEMM with a low-rank term in the same kernel: out = left @ right + keep * (panel @ factor) + bias.
 
 forward     y  = x @ w.T + xa @ b.T + bias              left x [M, K],  right w.T [K, N], panel xa,  factor b.T [R, N]
-grad_input  dx = dy @ w  + keep * (dyb @ a) / q         left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
+grad_input  dx = dy @ w  + keep * (dyb @ a)             left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
 
-I is the contracted dimension and J the produced one. The panel already carries the scaling. Without a mask the
+I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. Without a mask the
 low-rank product is what the main loop starts from: as a user of its accumulator after it, it would make ptxas
 serialise the loop's matrix instructions (triton 3.6). With a mask it follows the loop, by quarters of the tile's
 columns, so that the update and its mask fit in registers beside the rest.
@@ -19,14 +19,13 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_before, enabled_slice, slice_arguments
 from .config import processors, rank_block, tiles_for
-from .launch import Kept, bits_arguments, cdiv, input_precision, stated_work
+from .launch import bits_arguments, cdiv, input_precision, stated_work
 
 GROUP_M = 8
 # More would not fit in registers beside the tile.
@@ -69,24 +68,31 @@ def _finish(
     factor_ptr, stride_fr, stride_fj,
     bias_ptr, stride_bias,
     out_ptr, stride_om, stride_oj,
-    bits_ptr, stride_bm, inverse_q,
+    bits_ptr, stride_bm,
     tile_m, rows, first_column,
     M, J, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-    STORED: tl.constexpr, PRECISION: tl.constexpr,
+    RANK_STEPS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
     if bits_ptr is not None:
         update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-        for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        if RANK_STEPS == 1:
             update = _add_ranks(
                 update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-                rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
+                rows, columns, 0, M, None, J, R, BLOCK_R, PRECISION,
             )  # fmt: skip
+        else:
+            # Unrolled, it would spill.
+            for start in tl.range(0, R, BLOCK_R, num_stages=1):
+                update = _add_ranks(
+                    update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
+                    rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
+                )  # fmt: skip
         ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_J)
         bits = tl.load(ptrs, mask=in_bits(rows, first_column, M, J, BLOCK_J), other=0)
-        acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update * inverse_q, 0.0)
+        acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
     if STORED:
@@ -105,7 +111,7 @@ def _compute_tile(
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
     out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if STORED
-    bits_ptr, stride_bm, inverse_q,  # [M, cdiv(J, 8)], or None
+    bits_ptr, stride_bm,  # [M, cdiv(J, 8)], or None
     M, J, I, R,  # R ranks in each slice
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -180,14 +186,14 @@ def _compute_tile(
                 factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits_ptr, stride_bm, inverse_q,
+                bits_ptr, stride_bm,
                 tile_m, rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, STORED, PRECISION,
+                BLOCK_M, QUARTER, BLOCK_R, RANK_STEPS, STORED, PRECISION,
             )  # fmt: skip
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["M", "stride_bm"])
+@triton.jit(launch_metadata=_work, do_not_specialize=["M"])
 def _fused_linear_kernel(
     left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
     right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
@@ -195,18 +201,15 @@ def _fused_linear_kernel(
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
     out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if STORED
-    bits_ptr, stride_bm, inverse_q,  # [M, cdiv(J, 8)], or None
+    bits_ptr, stride_bm,  # [M, cdiv(J, 8)], or None
     M, J, I, R,  # R ranks in each slice
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
-    PERSISTENT: tl.constexpr, PDL: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     if PERSISTENT:
         for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
             _compute_tile(
@@ -217,7 +220,7 @@ def _fused_linear_kernel(
                 factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits_ptr, stride_bm, inverse_q,
+                bits_ptr, stride_bm,
                 M, J, I, R, WIDTH, SLICES, ENABLED,
                 BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
                 DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
@@ -231,7 +234,7 @@ def _fused_linear_kernel(
             factor_ptr, stride_fr, stride_fj,
             bias_ptr, stride_bias,
             out_ptr, stride_om, stride_oj,
-            bits_ptr, stride_bm, inverse_q,
+            bits_ptr, stride_bm,
             M, J, I, R, WIDTH, SLICES, ENABLED,
             BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
             DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
@@ -255,7 +258,7 @@ def _fused_linear(
     panel: Tensor,
     factor: Tensor,
     bias: Tensor | None,
-    kept: Kept | None,
+    bits: Tensor | None,
     enable_lora: Sequence[bool] = (True,),
 ) -> Tensor:
     (M, I), J, R = left.shape, right.shape[1], len(factor)
@@ -273,7 +276,7 @@ def _fused_linear(
     stored = descriptors and _describable(out)
     rank_steps = cdiv(R, block_r)
     # More steps before the loop leave no registers for a loop around it.
-    persistent = stored and (kept is not None or touched * rank_steps <= MOST_STEPS)
+    persistent = stored and (bits is not None or touched * rank_steps <= MOST_STEPS)
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
     if persistent:
         programs = min(programs, processors(left.device))
@@ -292,16 +295,14 @@ def _fused_linear(
         factor, *factor.stride(),
         bias, 0 if bias is None else bias.stride(0),
         arguments[2], *out.stride(),
-        inverse_q=1.0 if kept is None else 1 / kept.keep_probability,
         M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M,
         DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
         EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
         PRECISION=input_precision(left.dtype),
-        PDL=tiles.pdl, launch_pdl=tiles.pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **bits_arguments(None if kept is None else kept.bits),
+        **bits_arguments(bits),
     )  # fmt: skip
     return out
 
@@ -313,6 +314,6 @@ def forward(
     return _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora)
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, kept: Kept | None) -> Tensor:
+def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, bits: Tensor | None) -> Tensor:
     """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K]."""
-    return _fused_linear(dy, weight, dyb, lora_A, None, kept)
+    return _fused_linear(dy, weight, dyb, lora_A, None, bits)

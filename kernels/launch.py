@@ -1,9 +1,4 @@
-"""What every launcher needs: a grid, the arguments of a mask, float32's precision, and a kernel's stated work.
-
-Kernels are launched with PDL, programmatic dependent launch, where the GPU has it: a kernel may be set up while the
-one before it in the stream still runs. It waits for that one (gdc_wait) before it touches memory, unless its file says
-why it need not.
-"""
+"""What every launcher needs: a grid, the arguments of a mask, float32's precision, and a kernel's stated work."""
 
 from __future__ import annotations
 
@@ -24,15 +19,6 @@ class Dropout(Protocol):
     def row_offset(self) -> int: ...
     @property
     def column_offset(self) -> int: ...
-    @property
-    def keep_probability(self) -> float: ...
-
-
-class Kept(Protocol):
-    """Which elements were kept: bits [M, cdiv(K, 8)] as `_dropout.py` stores them."""
-
-    @property
-    def bits(self) -> Tensor: ...
     @property
     def keep_probability(self) -> float: ...
 

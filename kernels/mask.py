@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import bit_ptrs, draw_tile, in_bits, unpacked
-from .launch import Dropout, Kept, bits_arguments, cdiv, dropout_arguments, stated_work
+from .launch import Dropout, bits_arguments, cdiv, dropout_arguments, stated_work
 
 BLOCK_M = 16
 BLOCK_K = 128
@@ -74,14 +74,14 @@ def drop(x: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     return out, bits
 
 
-def drop_again(x: Tensor, kept: Kept) -> Tensor:
+def drop_again(x: Tensor, bits: Tensor) -> Tensor:
     """keep * x, [M, K]."""
     out = x.new_empty(x.shape)
-    _launch(x, out, kept.bits, None, add=False)
+    _launch(x, out, bits, None, add=False)
     return out
 
 
-def add_kept_(out: Tensor, value: Tensor, kept: Kept) -> Tensor:
+def add_kept_(out: Tensor, value: Tensor, bits: Tensor) -> Tensor:
     """Adds keep * value to out, in place; both [M, K]. Rounded once."""
-    _launch(value, out, kept.bits, None, add=True)
+    _launch(value, out, bits, None, add=True)
     return out

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, draw_tile, in_bits
@@ -40,11 +39,7 @@ def _panel_kernel(
     SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_I: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank_block = tl.program_id(1)
     if SLICES > 1:
@@ -109,7 +104,6 @@ def panel(
         M=M, I=I, R=R, **slice_arguments(enable_lora),
         BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
         EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
-        PDL=tiles.pdl, launch_pdl=tiles.pdl,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **bits_arguments(bits), **arguments,
     )  # fmt: skip

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import cdiv, stated_work
 
@@ -46,11 +45,7 @@ def _reduce_kernel(
     other_out_ptr,  # [OTHER_SIZE], or None
     OTHER_SPLITS, OTHER_SIZE,
     BLOCK: tl.constexpr, SPLIT_STEP: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     block, blocks = tl.program_id(0), tl.cdiv(SIZE, BLOCK)
     if block < blocks:
         _sum(partials_ptr, out_ptr, scale, SPLITS, SIZE, block, BLOCK, SPLIT_STEP)
@@ -63,16 +58,12 @@ def reduce(
     dtype: torch.dtype,
     scale: float = 1.0,
     other: tuple[Tensor, torch.dtype] | None = None,
-    *,
-    out: Tensor | None = None,
-    pdl: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """partials: float32 [splits, *shape], contiguous; returns scale times their sum, [*shape] in dtype.
 
-    other: partials and a dtype whose sum is returned beside it, unscaled. out: where to put the first sum.
+    other: partials and a dtype whose sum is returned beside it, unscaled.
     """
-    out = partials.new_empty(partials.shape[1:], dtype=dtype) if out is None else out
-    others, other_out = None, None
+    out, others, other_out = partials.new_empty(partials.shape[1:], dtype=dtype), None, None
     if other is not None:
         others = other[0]
         other_out = others.new_empty(others.shape[1:], dtype=other[1])
@@ -81,6 +72,6 @@ def reduce(
         _reduce_kernel[(blocks,)](
             partials, out, scale, len(partials), out.numel(),
             others, other_out, 0 if others is None else len(others), 0 if other_out is None else other_out.numel(),
-            BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, PDL=pdl, launch_pdl=pdl, num_warps=4, enable_fp_fusion=True,
+            BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, other_out

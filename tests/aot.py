@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from fused_lora import fused, unfused
 from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, mask, panel
-from fused_lora.reference import Dropout, Kept
+from fused_lora.reference import Dropout
 
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
 
@@ -112,14 +112,13 @@ def compile_case(case: Case) -> None:
     dropout = Dropout(seed, 6554, column_offset=case.column_offset) if case.dropout else None
     slices = {"scaling": 2.0, "enable_lora": case.enable_lora}
     _, xa, bits = fused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
-    kept = None if bits is None or dropout is None else Kept(bits, dropout.keep_probability)
-    gradients = {"kept": kept, "scaling": 2.0, "dtype": adapter_dtype, "enable_lora": case.enable_lora}
+    gradients = {"bits": bits, "scaling": 2.0, "dtype": adapter_dtype, "enable_lora": case.enable_lora}
     fused.backward(dy, x, weight, lora_A, lora_B, xa, **gradients)
     fused.backward(dy, x, None, None, lora_B, xa, **gradients)
     unfused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
-    if kept is not None:
-        mask.add_kept_(dy.new_empty(x.shape), x, kept)
-        mask.drop_again(x, kept)
+    if bits is not None:
+        mask.add_kept_(dy.new_empty(x.shape), x, bits)
+        mask.drop_again(x, bits)
     if case.enable_lora == (True,):
         fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)
         tokens = torch.zeros(m, dtype=torch.int64)

@@ -234,7 +234,7 @@ def test_refusals_say_which_and_why_and_change_nothing(case: str) -> None:
         ({"enable_lora": {"a": [False]}}, ValueError, r"enable_lora is \[False\]; expected at least one True"),
         ({"enable_lora": {"e": [True]}}, ValueError, "e is a Embedding, which has no slices for enable_lora"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "e": nn.Embedding(3, 3)})

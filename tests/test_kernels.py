@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed, so there
 import fused_lora.reference as reference  # noqa: E402
 from fused_lora import fused, unfused  # noqa: E402
 from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, mask, panel, reduce  # noqa: E402
-from fused_lora.reference import Dropout, Kept, dropout_threshold  # noqa: E402
+from fused_lora.reference import Dropout, dropout_threshold  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 
@@ -32,11 +32,10 @@ def run_all(module, t: dict[str, torch.Tensor], dropout: Dropout | None, dtype: 
     """Every function of a path's module on one problem; lora_A and lora_B.T serve as an embedding's, too."""
     factors = t["lora_A"], t["lora_B"]
     y, xa, bits = module.forward(t["x"], t["weight"], t["bias"], *factors, scaling=0.5, dropout=dropout)
-    kept = None if dropout is None else Kept(bits, dropout.keep_probability)
     options = {"scaling": 0.5, "dtype": dtype}
     dyb, _ = module.grad_panels(t["dy"], t["lora_B"], xa, **options)
     inputs = t["dy"], t["x"], t["weight"], *factors, xa
-    dx, da, db = module.backward(*inputs, kept=kept, enable_lora=[True], **options)
+    dx, da, db = module.backward(*inputs, bits=bits, enable_lora=[True], **options)
     effective = module.effective_weight(t["weight"], t["lora_A"], t["lora_B"], scaling=0.5)
     embedded, panel = module.embedding(t["tokens"], t["weight"], t["lora_B"].T, t["lora_A"].T, scaling=0.5)
     linear = {"y": y, "xa": xa, "dyb": dyb, "db": db, "dx": dx, "da": da} | ({} if bits is None else {"bits": bits})
@@ -86,35 +85,35 @@ def test_the_address_check_sees_an_overrun_and_a_double_write() -> None:
 @pytest.mark.parametrize("r", [1, 16, 40])
 @pytest.mark.parametrize(("row_offset", "column_offset"), [(0, 0), (2**33 + 5, 8), (3, 2**34 + 3)])
 def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: int, column_offset: int, r: int) -> None:
-    """Each kernel, given ones and unit vectors, gives back keep / q itself."""
+    """Each kernel, given ones and unit vectors, gives back keep itself; panels by way of 1/q."""
     rows, columns = 45, 56
     dropout = Dropout(torch.tensor([77], device=device), dropout_threshold(0.25), row_offset, column_offset)
-    keep, kept = dropout.mask(rows, columns).float(), dropout.kept(rows, columns)
+    keep, bits = dropout.mask(rows, columns).float(), dropout.bits(rows, columns)
     assert 0 < keep.mean() < 1
     ones = torch.ones(rows, columns, device=device)
     eye = torch.eye(columns, device=device)
     for start in range(0, columns, r):
         some = eye[start : start + r]
-        from_forward, bits = panel.panel(ones, some.T, dropout.keep_probability, dropout)
-        assert torch.equal(bits, dropout.kept(rows, columns).bits)
+        from_forward, drawn = panel.panel(ones, some.T, dropout.keep_probability, dropout)
+        assert torch.equal(drawn, bits)
         torch.testing.assert_close(from_forward, keep[:, start : start + r], rtol=0, atol=1e-6)
-    # One column of the panel is 1, so dx is keep / q in every column.
+    # One column of the panel is 1, so dx is keep in every column.
     dyb = torch.zeros(rows, r, device=device)
-    dyb[:, 0] = dropout.keep_probability
+    dyb[:, 0] = 1
     factor = torch.zeros(r, columns, device=device)
     factor[0] = 1
     dx = fused_linear.grad_input(
-        torch.zeros(rows, 8, device=device), torch.zeros(8, columns, device=device), dyb, factor, kept
+        torch.zeros(rows, 8, device=device), torch.zeros(8, columns, device=device), dyb, factor, bits
     )
     assert torch.equal(dx, keep)
     # Row i's unit vector picks row i of the mask out of the sum over rows.
     for start in range(0, rows, r):
         picked = torch.eye(rows, device=device)[:, start : start + r].contiguous()
-        da = adapter_grad.grad_lora_A(picked, ones, kept, torch.float32)
-        torch.testing.assert_close(da * dropout.keep_probability, keep[start : start + r], rtol=0, atol=1e-6)
-    dropped, bits = mask.drop(ones, dropout)
-    assert torch.equal(bits, kept.bits)
-    for masked in (dropped, mask.drop_again(ones, kept), mask.add_kept_(torch.zeros_like(ones), ones, kept)):
+        da = adapter_grad.grad_lora_A(picked, ones, bits, torch.float32)
+        assert torch.equal(da, keep[start : start + r])
+    dropped, drawn = mask.drop(ones, dropout)
+    assert torch.equal(drawn, bits)
+    for masked in (dropped, mask.drop_again(ones, bits), mask.add_kept_(torch.zeros_like(ones), ones, bits)):
         assert torch.equal(masked, keep)
 
 
@@ -174,9 +173,8 @@ def test_reduce_sums_in_float32_and_rounds_once(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         alone, nothing = reduce.reduce(partials, dtype, 0.5)
         assert nothing is None
-        out = torch.empty_like(alone)
-        first, second = reduce.reduce(partials, dtype, 0.5, (others, torch.float32), out=out)
-        assert first is out and torch.equal(first, alone)
+        first, second = reduce.reduce(partials, dtype, 0.5, (others, torch.float32))
+        assert torch.equal(first, alone)
         exact, other_exact = partials.double().sum(0) * 0.5, others.double().sum(0)
         assert_as_accurate_as(alone, exact.to(dtype), exact)
         assert_as_accurate_as(second, other_exact.float(), other_exact)
@@ -220,7 +218,7 @@ def test_tables_are_complete_frozen_and_safe_for_an_unknown_gpu(monkeypatch: pyt
     for table in (*config.TABLES.values(), config.SAFE, config.IRREGULAR, config.FLOAT32, config.INTERPRETER):
         assert set(table.panel) == set(table.adapter_grad) == set(table.grad_lora_A) == set(config.RANK_BLOCKS)
         with pytest.raises(AttributeError):
-            table.programs = 1  # type: ignore[misc]
+            table.update = None  # type: ignore[misc]
         with pytest.raises(TypeError):
             table.panel[16] = table.panel[32]  # type: ignore[index]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 77))
