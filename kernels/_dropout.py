@@ -64,8 +64,8 @@ def draw_tile(
 def bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_COLUMNS: tl.constexpr):
     """Pointers to the bytes of the given rows [BLOCK_ROWS] and columns from first_column, a multiple of 8; all local.
 
-    A kernel that draws must not specialise on stride_bm. Not knowing that rows are aligned, the compiler keeps bytes in
-    the threads that draw them; for wider accesses of them it would draw every bit twice (triton 3.6).
+    A kernel that does not specialise on stride_bm, not knowing that rows are aligned, keeps bytes in the threads that
+    draw or use them. One that draws must not: for wider accesses it would draw every bit twice (triton 3.6).
     """
     blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
     return bits_ptr + rows[:, None] * stride_bm + blocks[None, :]

@@ -38,7 +38,7 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 # stride_ds is a multiple of M, and M must not make new kernels.
 @triton.jit(
     launch_metadata=_work,
-    do_not_specialize=["stride_ds", "M", "ROWS"],
+    do_not_specialize=["stride_ds", "stride_bm", "M", "ROWS"],
 )
 def _adapter_grad_kernel(
     left_ptr, stride_lm, stride_li,  # [M, SLICES * I]

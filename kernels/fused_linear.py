@@ -62,21 +62,27 @@ def _add_ranks(
 
 
 @triton.jit
+def _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, QUARTER: tl.constexpr):
+    ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, QUARTER)
+    return tl.load(ptrs, mask=in_bits(rows, first_column, M, J, QUARTER), other=0)
+
+
+@triton.jit
 def _finish(
     acc,
     panel_ptr, stride_pm, stride_pr,
     factor_ptr, stride_fr, stride_fj,
     bias_ptr, stride_bias,
     out_ptr, stride_om, stride_oj,
-    bits_ptr, stride_bm,
+    bits,
     tile_m, rows, first_column,
     M, J, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEPS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
+    """Adds the dropped low-rank term, if there are bits, and the bias to acc [BLOCK_M, BLOCK_J]; rounds once, stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
-    if bits_ptr is not None:
+    if bits is not None:
         update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
         if RANK_STEPS == 1:
             update = _add_ranks(
@@ -90,8 +96,6 @@ def _finish(
                     update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
                     rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
-        ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_J)
-        bits = tl.load(ptrs, mask=in_bits(rows, first_column, M, J, BLOCK_J), other=0)
         acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
@@ -128,7 +132,17 @@ def _compute_tile(
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tile_j.to(tl.int64) * BLOCK_J
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    if bits_ptr is None:
+    QUARTER: tl.constexpr = BLOCK_J // 4
+    if bits_ptr is not None:
+        # Read before the loop, under which their latency hides.
+        bits = (
+            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, QUARTER),
+            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + QUARTER, M, J, QUARTER),
+            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + 2 * QUARTER, M, J, QUARTER),
+            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + 3 * QUARTER, M, J, QUARTER),
+        )
+    else:
+        bits = (None, None, None, None)
         columns = first_column + tl.arange(0, BLOCK_J)
         first, last = tl.full((), 0, tl.int32), 1
         if SLICES > 1:
@@ -175,7 +189,6 @@ def _compute_tile(
             right_ptrs += step * stride_ri
 
     HALF: tl.constexpr = BLOCK_J // 2
-    QUARTER: tl.constexpr = BLOCK_J // 4
     halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
     for half in tl.static_range(2):
         quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
@@ -186,7 +199,7 @@ def _compute_tile(
                 factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits_ptr, stride_bm,
+                bits[2 * half + quarter],
                 tile_m, rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
                 BLOCK_M, QUARTER, BLOCK_R, RANK_STEPS, STORED, PRECISION,

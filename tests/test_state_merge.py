@@ -384,7 +384,7 @@ def test_a_convolution_of_one_tap_and_a_linear_layer_are_one(shape: tuple[int, .
         ((10, 4), merged(3, 4)),
         ((0, 3), linear(5, 3)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
 def test_a_weight_that_does_not_fit_is_refused(shape: tuple[int, ...], layer: Any) -> None:
     with pytest.raises(ValueError, match=r"'x.weight'.* has shape " + re.escape(str(shape))):
