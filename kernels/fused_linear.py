@@ -80,7 +80,7 @@ def _finish(
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEPS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the dropped low-rank term, if there are bits, and the bias to acc [BLOCK_M, BLOCK_J]; rounds once, stores."""
+    """Adds the low-rank term, if there are bits, and the bias to acc [BLOCK_M, BLOCK_J]; rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
     if bits is not None:
         update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
