@@ -288,8 +288,8 @@ def _fused_linear(
     descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
     stored = descriptors and _describable(out)
     rank_steps = cdiv(R, block_r)
-    # More steps before the loop leave no registers for a loop around it.
-    persistent = stored and (bits is not None or touched * rank_steps <= MOST_STEPS)
+    # More steps beside the main loop leave no registers for a loop around it.
+    persistent = stored and touched * rank_steps <= (MOST_STEPS if bits is None else 1)
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
     if persistent:
         programs = min(programs, processors(left.device))

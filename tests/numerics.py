@@ -78,9 +78,13 @@ def make_problem(
     adapter_dtype: torch.dtype | None = None,
     bias: bool = True,
     device: str,
+    number: int = 0,
 ) -> Problem:
-    """Normal inputs with weights at the scale of a trained layer, so that the LoRA term weighs as much as the base."""
-    generator = torch.Generator().manual_seed(rows * 7919 + in_features * 31 + out_features * 17 + r)
+    """Normal inputs with weights at the scale of a trained layer, so that the LoRA term weighs as much as the base.
+
+    number: another one gives another problem of these sizes.
+    """
+    generator = torch.Generator().manual_seed(rows * 7919 + in_features * 31 + out_features * 17 + r + 104729 * number)
 
     def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, of).requires_grad_()
