@@ -157,7 +157,7 @@ IRREGULAR = Tiles(
 )
 
 FLOAT32 = Tiles(
-    linear=LinearTile(block_m=64, block_j=32, block_i=16, num_warps=8, num_stages=2),
+    linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=32, num_warps=8, num_stages=2)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2, programs=256)] * 4),
     grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2, programs=256)] * 4),

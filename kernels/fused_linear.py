@@ -30,7 +30,6 @@ from .launch import bits_arguments, cdiv, input_precision, stated_work
 GROUP_M = 8
 # More would not fit in registers beside the tile.
 RANK_STEP = 32
-MOST_STEPS = 2
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -74,28 +73,29 @@ def _finish(
     factor_ptr, stride_fr, stride_fj,
     bias_ptr, stride_bias,
     out_ptr, stride_om, stride_oj,
-    bits,
+    bits_ptr, stride_bm, bits,
     tile_m, rows, first_column,
     M, J, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
+    BITS_FIRST: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the low-rank term, if there are bits, and the bias to acc [BLOCK_M, BLOCK_J]; rounds once and stores."""
+    """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
-    if bits is not None:
+    if bits_ptr is not None:
         update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-        if RANK_STEPS == 1:
+        if BITS_FIRST:
             update = _add_ranks(
                 update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
                 rows, columns, 0, M, None, J, R, BLOCK_R, PRECISION,
             )  # fmt: skip
         else:
-            # Unrolled, it would spill.
+            # Unrolled, or with the bits read before, it would spill.
             for start in tl.range(0, R, BLOCK_R, num_stages=1):
                 update = _add_ranks(
                     update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
                     rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
+            bits = _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J)
         acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
@@ -133,7 +133,9 @@ def _compute_tile(
     first_column = tile_j.to(tl.int64) * BLOCK_J
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     QUARTER: tl.constexpr = BLOCK_J // 4
-    if bits_ptr is not None:
+    BITS_FIRST: tl.constexpr = RANK_STEPS == 1 and panel_ptr.dtype.element_ty != tl.float32
+    bits = (None, None, None, None)
+    if bits_ptr is not None and BITS_FIRST:
         # Read before the loop, under which their latency hides.
         bits = (
             _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, QUARTER),
@@ -141,8 +143,7 @@ def _compute_tile(
             _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + 2 * QUARTER, M, J, QUARTER),
             _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + 3 * QUARTER, M, J, QUARTER),
         )
-    else:
-        bits = (None, None, None, None)
+    if bits_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
         first, last = tl.full((), 0, tl.int32), 1
         if SLICES > 1:
@@ -199,10 +200,10 @@ def _compute_tile(
                 factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits[2 * half + quarter],
+                bits_ptr, stride_bm, bits[2 * half + quarter],
                 tile_m, rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, RANK_STEPS, STORED, PRECISION,
+                BLOCK_M, QUARTER, BLOCK_R, BITS_FIRST, STORED, PRECISION,
             )  # fmt: skip
 
 
@@ -286,10 +287,10 @@ def _fused_linear(
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
-    stored = descriptors and _describable(out)
     rank_steps = cdiv(R, block_r)
-    # More steps beside the main loop leave no registers for a loop around it.
-    persistent = stored and touched * rank_steps <= (MOST_STEPS if bits is None else 1)
+    stored = descriptors and _describable(out) and (bits is None or rank_steps == 1)
+    # More steps beside the main loop leave no registers for a loop around it, and on sm_100 no matrix instructions.
+    persistent = stored and touched * rank_steps == 1
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
     if persistent:
         programs = min(programs, processors(left.device))
