@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 Backend = Literal["auto", "reference", "triton", "unfused"]
+_BACKENDS = get_args(Backend)
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -39,8 +40,10 @@ class Choice:
 
 
 # Measured on Hopper; see benchmarks/NOTES.md.
-_FEWEST_ROWS = 1024
+_FEWEST_ROWS = 2048
+_FEWEST_OUTPUTS = 1 << 21
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
+_FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
 _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
 _ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
 
@@ -61,10 +64,9 @@ def requested_backend() -> Backend:
 
 
 def _checked(name: str, source: str) -> Backend:
-    for backend in get_args(Backend):
-        if name == backend:
-            return backend  # type: ignore[no-any-return]
-    raise ValueError(f"{source} is {name!r}; expected one of {', '.join(get_args(Backend))}.")
+    if name not in _BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(_BACKENDS)}.")
+    return name  # type: ignore[return-value]
 
 
 @contextmanager
@@ -138,6 +140,8 @@ def choose_linear(
         return choice
     if rows < _FEWEST_ROWS:
         return _FEW_ROWS
+    if rows * min(features) < _FEWEST_OUTPUTS:
+        return _FEW_TILES
     if dtype == torch.float32:
         return _WIDE
     return _ODD if any(size % 16 != 0 for size in features) else choice

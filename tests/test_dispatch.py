@@ -104,3 +104,24 @@ def test_a_gpu_that_falls_back_warns_once_per_reason() -> None:
         dispatch.choose("auto", torch.device("cpu"), torch.float64, torch.float64)
         dispatch.choose("reference", gpu, torch.float64, torch.float64)
         assert len(caught) == 2
+
+
+def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    dispatch.choose.cache_clear()
+    gpu, half, single = torch.device("cuda", 0), torch.bfloat16, torch.float32
+    cases = {
+        (half, 8192, 4096, 4096): "triton",
+        (half, 2048, 1024, 4096): "triton",
+        (half, 2047, 4096, 4096): "unfused",
+        (half, 2048, 4096, 1008): "unfused",
+        (half, 8192, 4096, 4100): "unfused",
+        (single, 8192, 4096, 4096): "unfused",
+    }
+    for (dtype, rows, *features), path in cases.items():
+        choice = dispatch.choose_linear("auto", gpu, dtype, dtype, rows, *features)
+        assert choice.path == path and choice.reason, (dtype, rows, features)
+        # A request stands, whatever the sizes.
+        for backend in ("reference", "triton", "unfused"):
+            assert dispatch.choose_linear(backend, gpu, dtype, dtype, rows, *features).path == backend
+    dispatch.choose.cache_clear()
