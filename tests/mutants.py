@@ -39,12 +39,17 @@ EMBEDDING = "fused_lora/embedding.py"
 STATE = "fused_lora/state.py"
 ADAPTER_FILE = "fused_lora/adapter_file.py"
 FUNCTIONAL = "fused_lora/functional.py"
+UNFUSED = "fused_lora/unfused.py"
+MASKS = "kernels/mask.py"
 
 TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
 TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
 TRITON_STRIDES = ("tests/test_op.py", "-k", "test_accuracy_with_strides[triton")
 TORCH = ("tests/test_op.py", "-k", "[reference-float32-float32")
 KERNEL_MASKS = ("tests/test_kernels.py", "-k", "mask")
+HALF_MASKS = ("tests/test_op.py", "-k", "[triton-bfloat16-bfloat16 and 0.1")
+UNFUSED_PATH = ("tests/test_op.py", "-k", "[unfused-float32-float32")
+UNFUSED_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[unfused")
 MASK = ("tests/test_reference.py",)
 ADDRESSES = ("tests/test_kernels.py", "-k", "test_touches_only_its_arguments")
 OPTIONS = ("tests/test_functional.py", "-k", "not bad_input and not any_shape")
@@ -88,8 +93,8 @@ MUTANTS = (
     Mutant(
         "dyb 2 % too large",
         ADAPTER,
-        "reduce(products, dy.dtype, scaling)",
-        "reduce(products, dy.dtype, scaling * 1.02)",
+        "reduce(partial_dyb, dy.dtype, scaling,",
+        "reduce(partial_dyb, dy.dtype, scaling * 1.02,",
         TRITON,
     ),
     Mutant("xa 2 % too large", REFERENCE, "scaling * inverse_q)", "1.02 * scaling * inverse_q)", TORCH),
@@ -103,8 +108,8 @@ MUTANTS = (
     Mutant(
         "no LoRA term in dx",
         LINEAR,
-        "_fused_linear(dy, weight, dyb, lora_A, None, dropout)",
-        "_fused_linear(dy, weight, 0 * dyb, lora_A, None, dropout)",
+        "_fused_linear(dy, weight, dyb, lora_A, None, bits)",
+        "_fused_linear(dy, weight, 0 * dyb, lora_A, None, bits)",
         TRITON,
     ),
     Mutant(
@@ -117,7 +122,7 @@ MUTANTS = (
     Mutant(
         "no LoRA term in dx with dropout",
         REFERENCE,
-        "dy @ weight + torch.where(dropout.mask(*update.shape), update, 0.0)",
+        "dy @ weight + _kept(dyb @ lora_A.to(dy.dtype), bits)",
         "dy @ weight",
         TORCH,
     ),
@@ -128,43 +133,50 @@ MUTANTS = (
         "scale=scale",
         TRITON,
     ),
-    Mutant("no 1/q in dx", LINEAR, "update * inverse_q, 0.0", "update, 0.0", TRITON),
-    Mutant(
-        "no 1/q in da",
-        ADAPTER,
-        "inverse_q = 1.0 if dropout is None else 1 / dropout.keep_probability",
-        "inverse_q = 1.0",
-        TRITON,
-    ),
+    Mutant("no 1/q in dyb", OPS, "scaling /= 1 - dropout_threshold(dropout_p) / 65536", "pass", TORCH),
+    Mutant("no mask in dx", LINEAR, "tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)", "update", TRITON),
+    Mutant("no mask in da", ADAPTER, "dyb, None, bits, tile", "dyb, None, None, tile", TRITON),
+    Mutant("no mask in dx", REFERENCE, "_kept(dyb @ lora_A.to(dy.dtype), bits)", "dyb @ lora_A.to(dy.dtype)", TORCH),
+    Mutant("no mask in da", REFERENCE, "_kept(x, bits).to(dtype)", "x.to(dtype)", TORCH),
     Mutant("no 1/q in xa", REFERENCE, "scaling * inverse_q)", "scaling)", TORCH),
-    Mutant(
-        "no 1/q in dx",
-        REFERENCE,
-        "lora_A.to(dy.dtype), 1 / dropout.keep_probability)",
-        "lora_A.to(dy.dtype), 1.0)",
-        TORCH,
-    ),
-    Mutant("no 1/q in da", REFERENCE, "kept.to(dtype), inverse_q)", "kept.to(dtype), 1.0)", TORCH),
-    Mutant("da halved", ADAPTER, "dtype, inverse_q)", "dtype, inverse_q / 2)", TRITON),
-    Mutant("da halved", REFERENCE, "kept.to(dtype), inverse_q)", "kept.to(dtype), inverse_q / 2)", TORCH),
-    Mutant(
-        "db of unscaled xa", ADAPTER, "scaling), reduce(db, dtype)", "scaling), reduce(db, dtype, 1 / scaling)", TRITON
-    ),
+    Mutant("da halved", ADAPTER, "transposed=True)[0], dtype)[0]", "transposed=True)[0], dtype, 0.5)[0]", TRITON),
+    Mutant("da halved", REFERENCE, "return dyb.T.to(dtype) @", "return 0.5 * dyb.T.to(dtype) @", TORCH),
+    Mutant("dB 2 % too large", REDUCE, "other_out_ptr, 1.0,", "other_out_ptr, 1.02,", TRITON),
     Mutant("db of unscaled xa", REFERENCE, "panels = xa.to(dtype)", "panels = (xa.to(dtype) / scaling)", TORCH),
     Mutant("mask one row off", DROPOUT, "rows = rows[:, None]", "rows = rows[:, None] + 1", TRITON),
     Mutant(
-        "mask one block off, aligned", DROPOUT, "blocks = first_column // 8", "blocks = 1 + first_column // 8", TRITON
+        "mask one block off, aligned",
+        DROPOUT,
+        "        blocks = first_column // 8",
+        "        blocks = 1 + first_column // 8",
+        TRITON,
     ),
+    Mutant("mask one block off, unaligned", DROPOUT, "rows, columns // 8,", "rows, 1 + columns // 8,", TRITON_OFFSETS),
     Mutant(
-        "mask one block off, unaligned", DROPOUT, "blocks = columns // 8", "blocks = 1 + columns // 8", TRITON_OFFSETS
+        "threshold itself dropped", DROPOUT, "(w0 & 0xFFFF) >= threshold", "(w0 & 0xFFFF) > threshold", KERNEL_MASKS
     ),
-    Mutant("threshold itself dropped", DROPOUT, "lanes >= threshold", "lanes > threshold", KERNEL_MASKS),
+    Mutant("threshold itself dropped", DROPOUT, "w0 >= high", "w0 > high", KERNEL_MASKS),
     Mutant(
         "halves of words swapped, aligned",
         DROPOUT,
-        "tl.join(words & 0xFFFF, words >> 16)",
-        "tl.join(words >> 16, words & 0xFFFF)",
+        "(w1 & 0xFFFF) >= threshold, 4, 0) | tl.where(w1 >= high, 8, 0)",
+        "(w1 & 0xFFFF) >= threshold, 8, 0) | tl.where(w1 >= high, 4, 0)",
         TRITON,
+    ),
+    Mutant(
+        "bits read in another order",
+        DROPOUT,
+        "[:, :, None] >> tl.arange(0, 8)",
+        "[:, :, None] >> 7 - tl.arange(0, 8)",
+        TRITON,
+    ),
+    Mutant("bits saved in another order", REFERENCE, "_BITS = (1, 2, 4", "_BITS = (2, 1, 4", KERNEL_MASKS),
+    Mutant(
+        "bits of a tile's columns mixed up",
+        LINEAR,
+        "rows, first_column + 2 * QUARTER, M",
+        "rows, first_column, M",
+        HALF_MASKS,
     ),
     Mutant("halves of words swapped, unaligned", DROPOUT, "lane % 2 == 0", "lane % 2 == 1", TRITON_OFFSETS),
     Mutant("row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32) + zero", "zero", TRITON_OFFSETS),
@@ -188,13 +200,33 @@ MUTANTS = (
     ),
     Mutant("q in 65535ths", REFERENCE, "1 - self.threshold / 65536", "1 - self.threshold / 65535", OPTIONS),
     Mutant("xa's mask without row offset", PANEL, "rows + row_offset", "rows", TRITON_OFFSETS),
-    Mutant("dx's mask without column offset", LINEAR, "first_column + column_offset", "first_column", TRITON_OFFSETS),
-    Mutant("da's mask without column offset", ADAPTER, "first_inner + column_offset", "first_inner", TRITON_OFFSETS),
+    Mutant(
+        "xa's mask without column offset", PANEL, "column_offset\n    acc", "0 * column_offset\n    acc", TRITON_OFFSETS
+    ),
+    Mutant(
+        "da's mask of other columns",
+        ADAPTER,
+        "bit_ptrs(bits_ptr, stride_bm, rows, first_inner",
+        "bit_ptrs(bits_ptr, stride_bm, rows, 0 * first_inner",
+        TRITON,
+    ),
+    Mutant("a mask's kernel without row offset", MASKS, "rows + row_offset", "rows", UNFUSED_OFFSETS),
+    Mutant(
+        "unfused dx without its mask",
+        UNFUSED,
+        "mask.add_kept_(dx, dyb @ factor, bits)",
+        "dx.addmm_(dyb, factor)",
+        UNFUSED_PATH,
+    ),
+    Mutant(
+        "unfused da without its mask", UNFUSED, "x if bits is None else mask.drop_again(x, bits)", "x", UNFUSED_PATH
+    ),
+    Mutant("unfused scaling forgotten", UNFUSED, "lora_B.T, alpha=scaling", "lora_B.T", UNFUSED_PATH),
     Mutant(
         "backward with another layer's mask",
         OPS,
-        "seed if wants_dyb else None",
-        "seed + 1 if wants_dyb and seed is not None else None",
+        "bits if wants_dyb and drops else None",
+        "~bits if wants_dyb and drops else None",
         TRITON,
     ),
     Mutant(
@@ -252,7 +284,7 @@ MUTANTS = (
         "half * QUARTER + quarter * HALF",
         TRITON,
     ),
-    Mutant("only the first group of tiles", LINEAR, "tile_m = group * GROUP_M + pid", "tile_m = pid", TRITON),
+    Mutant("only the first group of tiles", LINEAR, "tile_m = group * GROUP_M + tile", "tile_m = tile", TRITON),
     Mutant(
         "last rows of a split dropped",
         ADAPTER,
@@ -267,7 +299,7 @@ MUTANTS = (
         "splits = max(1, cdiv(M, rows) - 1)",
         TRITON,
     ),
-    Mutant("last split not added", REDUCE, "range(0, SPLITS)", "range(0, SPLITS - 1)", TRITON),
+    Mutant("last split not added", REDUCE, "splits < SPLITS", "splits < SPLITS - 1", TRITON),
     Mutant("no bias", LINEAR, "xa, lora_B.T, bias, None", "xa, lora_B.T, None, None", TRITON),
     Mutant("no bias", REFERENCE, "linear(x, weight, bias)", "linear(x, weight, None)", TORCH),
     Mutant(

@@ -131,6 +131,24 @@ def test_mask_keeps_a_lane_equal_to_the_threshold(
         assert panel.panel(one, one, dropout.keep_probability, dropout)[0].item() == kept
 
 
+LANES = [
+    (0, column, lane) for column, lane in enumerate((0xB709, 0x5F6F, 0x3F64, 0x0D89, 0x1F81, 0x4F12, 0x0A48, 0x4F73))
+]
+# Words whose low half is zero, so that comparing a whole word with the threshold in its high half can go wrong.
+BARE_LANES = [(46474, 1, 0x953A), (79267, 3, 0x1121), (4780, 5, 0xCF53), (45599, 7, 0x2D70)]
+
+
+@pytest.mark.parametrize(("row", "column", "lane"), [*LANES, *BARE_LANES])
+def test_mask_keeps_each_lane_equal_to_the_threshold(device: str, row: int, column: int, lane: int) -> None:
+    """The eight lanes of the contract's first check vector, that of zeros, and words of other rows under that seed."""
+    ones, unit = torch.ones(1, 8, device=device), torch.eye(8, device=device)[:, column : column + 1]
+    for threshold, kept in ((lane, 1.0), (lane + 1, 0.0)):
+        dropout = Dropout(torch.tensor([0], device=device), threshold, row)
+        assert dropout.mask(1, 8)[0, column].item() == kept
+        assert mask.drop(ones, dropout)[0][0, column].item() == kept
+        assert panel.panel(ones, unit, dropout.keep_probability, dropout)[0].item() == kept
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("module", [fused, unfused], ids=["fused", "unfused"])
