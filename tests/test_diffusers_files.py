@@ -14,7 +14,7 @@ from fused_lora.adapter import Adapter
 from fused_lora.adapter_io import read_adapter, write_adapter
 from fused_lora.state_merge import base_names, merge_lora_into_state_dict
 
-pytest.importorskip("diffusers", reason="needs diffusers, which comes with no extra of this package")
+pytest.importorskip("diffusers", reason="needs diffusers, which the extra [test] brings")
 
 
 @pytest.fixture
