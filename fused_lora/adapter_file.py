@@ -6,7 +6,6 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .merge import MergingLayer
 from .state import Bias, lora_state_dict
+from .whole import written_whole
 
 _HEADER = "fused_lora"
 
@@ -56,14 +56,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], bias: Bias = "n
     header = json.dumps({name: asdict(_config(layer)) for name, layer in layers.items()})
     # A copy each: safetensors refuses tensors that share storage.
     tensors = {key: tensor.clone().contiguous() for key, tensor in lora_state_dict(model, bias).items()}
-    unfinished = Path(f"{os.fspath(path)}.unfinished")
-    try:
+    with written_whole(path) as unfinished:
         save_file(tensors, unfinished, metadata={_HEADER: header})
-        unfinished.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{os.fspath(path)!r} could not be written: {error}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def adapter_configs(path: str | os.PathLike[str]) -> dict[str, AdapterConfig]:

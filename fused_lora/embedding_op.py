@@ -74,7 +74,7 @@ class _LoRAEmbedding(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
-        forward = _forward if direct(indices, weight, lora_A) else torch.ops.fused_lora.lora_embedding_forward
+        forward = _forward if direct(indices, weight, lora_A, lora_B) else torch.ops.fused_lora.lora_embedding_forward
         y, xa = forward(indices, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse, backend)
         ctx.save_for_backward(
             indices if wants_da or wants_dw else None, lora_B if wants_da else None, xa if wants_db else None
@@ -96,7 +96,7 @@ class _LoRAEmbedding(torch.autograd.Function):
         dw = da = db = None
         with without_autocast(dy.device.type):
             if wants_da or wants_db:
-                panels = _grad_panels if direct(dy) else torch.ops.fused_lora.lora_embedding_grad_panels
+                panels = _grad_panels if direct(dy, lora_B, xa) else torch.ops.fused_lora.lora_embedding_grad_panels
                 dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
             if wants_da:
                 # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs

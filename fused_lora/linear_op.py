@@ -153,7 +153,9 @@ class _LoRALinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         wants_dx, wants_dw, _, wants_da, wants_db = ctx.needs_input_grad[:5]
-        forward = _forward if direct(x, weight, lora_A) else torch.ops.fused_lora.lora_linear_forward
+        forward = (
+            _forward if direct(x, weight, bias, lora_A, lora_B, seed) else torch.ops.fused_lora.lora_linear_forward
+        )
         y, xa, bits = forward(
             x, weight, bias, lora_A, lora_B, enable_lora, seed, scaling, dropout_p, row_offset, column_offset, backend
         )
@@ -176,12 +178,13 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
-        x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
+        saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
         with without_autocast(dy.device.type):
             if wants_dx or wants_da or wants_db:
-                backward = _gradients if direct(dy, x, weight) else torch.ops.fused_lora.lora_linear_backward
+                watched = not direct(dy, *saved)
+                backward = torch.ops.fused_lora.lora_linear_backward if watched else _gradients
                 wanted_x = x if wants_da else None
                 dx, da, db = backward(dy, wanted_x, weight, lora_A, lora_B, xa, bits, *ctx.arguments)
             if wants_dw:

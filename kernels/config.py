@@ -81,6 +81,13 @@ def _by_rank(*tiles: _Tile) -> MappingProxyType[int, _Tile]:
     return MappingProxyType(dict(zip(RANK_BLOCKS, tiles, strict=True)))
 
 
+_ADAPTER_GRAD = _by_rank(
+    AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+    AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
+    AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
+    AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
+)
+
 SAFE = Tiles(
     linear=LinearTile(block_m=128, block_j=128, block_i=32, num_warps=8, num_stages=3),
     panel=_by_rank(
@@ -89,18 +96,8 @@ SAFE = Tiles(
         PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
         PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
     ),
-    adapter_grad=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-    ),
-    grad_lora_A=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-    ),
+    adapter_grad=_ADAPTER_GRAD,
+    grad_lora_A=_ADAPTER_GRAD,
 )
 
 AMPERE = Tiles(
@@ -111,18 +108,8 @@ AMPERE = Tiles(
         PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
         PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
     ),
-    adapter_grad=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-    ),
-    grad_lora_A=_by_rank(
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=4, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-        AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
-    ),
+    adapter_grad=_ADAPTER_GRAD,
+    grad_lora_A=_ADAPTER_GRAD,
 )
 
 HOPPER = Tiles(

@@ -8,7 +8,8 @@ low-rank product is what the main loop starts from: as a user of its accumulator
 serialise the loop's matrix instructions (triton 3.6). With a mask it follows the loop, by quarters of the tile's
 columns, so that the update and its mask fit in registers beside the rest.
 
-With descriptors, a program computes one tile after another, so that the copy engine stores one while the next begins.
+With descriptors and few ranks, a program computes one tile after another, so that the copy engine stores one while the
+next begins.
 """
 
 from __future__ import annotations
@@ -280,15 +281,14 @@ def _fused_linear(
     if out.numel() == 0:
         return out
     block_r = min(rank_block(R), RANK_STEP)
-    tiles = tiles_for(left.device, left.dtype, I, J)
-    tile = tiles.linear
+    tile = tiles_for(left.device, left.dtype, I, J).linear
     width = J // len(enable_lora)
     touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
     rank_steps = cdiv(R, block_r)
-    stored = descriptors and _describable(out) and (bits is None or rank_steps == 1)
+    stored = descriptors and _describable(out)
     # More steps beside the main loop leave no registers for a loop around it, and on sm_100 no matrix instructions.
     persistent = stored and touched * rank_steps == 1
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)

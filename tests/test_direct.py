@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 import fused_lora
 from fused_lora import embedding_op, functional, linear_op, weight_op
@@ -76,3 +79,48 @@ def test_no_op_is_entered_without_a_watcher(grad: bool, monkeypatch: pytest.Monk
         outputs = linear(x), embedding(torch.tensor([1])), conv(torch.randn(1, 2, 5))
     if grad:
         sum(y.sum() for y in outputs).backward()
+
+
+class Recording(torch.Tensor):
+    """A wrapper such as a DTensor is; remembers which ops it is given to, and hands them what it wraps."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Recording:
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=True)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func.__name__)
+        unwrapped = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        return func(*unwrapped[0], **unwrapped[1])
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_one_watched_tensor_among_plain_ones_keeps_the_linear_ops(which: int) -> None:
+    inputs = [t.detach() for t in tensors()]
+    inputs[which] = Recording(inputs[which])
+    # A trained lora_A, so that backward reads every saved tensor that it can.
+    if which != 3:
+        inputs[3].requires_grad_()
+    Recording.seen.clear()
+    x, weight, bias, lora_A, lora_B = inputs
+    functional.lora_linear(x, weight, lora_A, lora_B, bias=bias, dropout_p=0.5, training=True, seed=3).sum().backward()
+    assert "lora_linear_forward.default" in Recording.seen
+    # weight and lora_A are not saved where dx is not wanted, a bias never.
+    assert ("lora_linear_backward.default" in Recording.seen) == (which in (0, 4))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_one_watched_tensor_among_plain_ones_keeps_the_embedding_ops(which: int) -> None:
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((5, 4), (3, 5), (4, 3))]
+    inputs[which] = Recording(inputs[which])
+    if which != 1:
+        inputs[1].requires_grad_()
+    Recording.seen.clear()
+    functional.lora_embedding(torch.tensor([0, 3]), *inputs).sum().backward()
+    assert "lora_embedding_forward.default" in Recording.seen
+    assert ("lora_embedding_grad_panels.default" in Recording.seen) == (which == 2)

@@ -47,7 +47,7 @@ ARROWS = {
     "demo": {"__init__", "demo_model", "demo_report"},
     "demo_model": {"__init__"},
     "demo_report": {"demo_model"},
-    "adapter_file": {"merge", "state"},
+    "adapter_file": {"merge", "state", "whole"},
     "layers": {"base", "conv", "embedding", "linear"},
     "utils": {"state"},
     "linear": {"base", "functional", "merge"},
