@@ -165,9 +165,9 @@ def _step(module: nn.Module, layer: Layer, lora_A: Tensor, lora_B: Tensor) -> St
     return step
 
 
-def fused_module(layer: Layer) -> Any:
-    """This package's layer of these tensors."""
-    return _module(fused_lora, layer, adapter_dtype=layer.lora_A.dtype)
+def fused_module(layer: Layer, **options: Any) -> Any:
+    """This package's layer of these tensors; options are further arguments of it."""
+    return _module(fused_lora, layer, adapter_dtype=layer.lora_A.dtype, **options)
 
 
 def loralib_module(layer: Layer) -> Any:

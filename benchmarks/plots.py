@@ -1,7 +1,9 @@
-"""python -m benchmarks.plots: draws the README's plots from the result files, linear.json and memory.json.
+"""python -m benchmarks.plots: draws the README's plots from the result files, linear.json and memory.json by default.
 
 linear.png: forward + backward as a ratio to the bare frozen layer, per shape and peer, with the targets as marks.
 memory.png: what one layer saves for backward, per shape and candidate, with a step's peak as marks.
+inference.png: one layer's forward in eval mode as a ratio to the merged layer over the number of tokens, at r=16 under
+CUDA graphs, a panel a shape, with the goals as marks.
 """
 
 from __future__ import annotations
@@ -102,16 +104,58 @@ def draw_memory(header: dict[str, str], rows: list[Row]) -> Figure:
     return figure
 
 
+def draw_inference(header: dict[str, str], rows: list[Row]) -> Figure:
+    """Of the file's timed rows of Linear those at r=16 and under CUDA graphs; one line for each candidate."""
+    rows = [r for r in rows if (r["part"], r["r"], r["mode"]) == ("linear", 16, "CUDA graphs") and "us" in r]
+    shapes, names = _unique(rows, "layer"), [name for name in _unique(rows, "candidate") if name != "merged"]
+    height = -(-len(shapes) // 2)
+    figure = Figure(figsize=(10, 0.8 + 3.2 * height), layout="constrained")
+    panels = figure.subplots(height, 2, squeeze=False, sharex=True).flat
+    for axes, shape in zip(panels, shapes, strict=False):
+        for i, name in enumerate(names):
+            line = sorted((r["tokens"], r["ratio"]) for r in rows if (r["layer"], r["candidate"]) == (shape, name))
+            options = {"marker": "o", "markersize": 3, "color": COLOURS[i % len(COLOURS)], "label": name}
+            axes.plot(*zip(*line, strict=True), zorder=2, **options)
+        aims = [(r["tokens"], r["goal"]) for r in rows if r["layer"] == shape and r["goal"] is not None]
+        if aims:
+            axes.plot(*zip(*aims, strict=True), "k_", markersize=14, label="goal", zorder=3)
+        axes.axhline(1, color="black", linewidth=1, zorder=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(_unique(rows, "tokens"), [str(tokens) for tokens in _unique(rows, "tokens")], fontsize=8)
+        axes.grid(axis="y", color="#dddddd", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(shape, loc="left", fontsize=10)
+    for axes in list(figure.axes)[len(shapes) :]:
+        axes.remove()
+    for axes in figure.axes:
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("ratio to the merged layer")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(names) + 1, frameon=False, fontsize=8)
+    what = "Forward of one LoRA layer in eval mode, bfloat16, r=16, CUDA graphs, weights from memory"
+    figure.suptitle(f"{what}\n{header['gpu']}, torch {header['torch']}, {header['commit']}", fontsize=10)
+    return figure
+
+
+DRAWN = {"linear": draw_linear, "memory": draw_memory, "inference": draw_inference}
+
+
+def save(folder: Path, kind: str, stem: str) -> None:
+    """Draws STEM.png, a plot of this kind, beside STEM.json."""
+    target = folder / f"{stem}.png"
+    DRAWN[kind](*load(folder / f"{stem}.json")).savefig(target, dpi=DPI)
+    print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results", type=Path, default=Path("benchmarks/results"), help="folder of both, files and plots"
     )
+    parser.add_argument("--only", nargs="+", default=["linear", "memory"], choices=list(DRAWN))
     options = parser.parse_args(arguments)
-    for name, draw in (("linear", draw_linear), ("memory", draw_memory)):
-        target = options.results / f"{name}.png"
-        draw(*load(options.results / f"{name}.json")).savefig(target, dpi=DPI)
-        print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
+    for name in options.only:
+        save(options.results, name, name)
 
 
 if __name__ == "__main__":
