@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class Embeddings:
 
     def __init__(self, num_embeddings: int, embedding_dim: int, r: int, device: str) -> None:
         torch.manual_seed(0)
-        options = {"lora_alpha": SCALING * r, "merge_weights": False, "device": device, "dtype": DTYPE}
+        options: dict[str, Any] = {"lora_alpha": SCALING * r, "merge_weights": False, "device": device, "dtype": DTYPE}
         self.module = fused_lora.Embedding(num_embeddings, embedding_dim, r=r, **options).eval()
         torch.nn.init.normal_(self.module.lora_A, std=r**-0.5)
         self.cache = cache_bytes(device)

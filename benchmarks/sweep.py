@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.accuracy import check
 from benchmarks.linear import dtype_name
-from benchmarks.peers import LORALIB, Layer, Step, fused, loralib_eager, on_backend, path_of
+from benchmarks.peers import LORALIB, Layer, fused, loralib_eager, on_backend, path_of
 from benchmarks.report import Progress, Results, parser
 from benchmarks.timing import machine_header, measure, release_memory
 
@@ -53,7 +53,7 @@ class Point:
     p: float
 
 
-def in_turn(steps: list[Step]) -> Callable[[], object]:
+def in_turn(steps: Sequence[Callable[[], object]]) -> Callable[[], object]:
     def all_of_them() -> None:
         for step in steps:
             step()
