@@ -57,6 +57,8 @@ class Decoder:
 
     def __init__(self, model: Any, prompt: Tensor, new_tokens: int, *, graph: bool) -> None:
         self.model, self.prompt = model, prompt
+        # transformers 5.24 gave the cache another name; before 5 the position in it was the caller's business.
+        self.known = inspect.signature(model.forward).parameters
         self.cache = transformers.StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         self.ids = prompt.new_zeros(len(prompt), 1)
         self.position = prompt.new_zeros(1)
@@ -78,10 +80,8 @@ class Decoder:
         self.position += 1
 
     def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        # transformers 5.24 gave the cache another name; before 5 the position in it was the caller's business.
-        known = inspect.signature(self.model.forward).parameters
-        options: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": self.cache}
-        if "cache_position" in known:
+        options: dict[str, Any] = {"cache" if "cache" in self.known else "past_key_values": self.cache}
+        if "cache_position" in self.known:
             options["cache_position"] = position
         logits: Tensor = self.model(input_ids=ids, position_ids=position[None], use_cache=True, **options).logits
         return logits
@@ -173,7 +173,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     options = made.parse_args(arguments)
     # The steps that the check takes, and those before a capture.
     if min(options.prompt, options.new_tokens) < CHECKED_STEPS:
-        made.error(f"--prompt and --new-tokens are to be at least {CHECKED_STEPS}.")
+        sizes_given = f"--prompt is {options.prompt} and --new-tokens {options.new_tokens}"
+        made.error(f"{sizes_given}; expected at least {CHECKED_STEPS} each.")
     for name in ("hidden", "intermediate", "vocab"):
         setattr(options, name, getattr(options, name) // options.shrink)
     options.sequence = options.prompt + options.new_tokens

@@ -24,12 +24,12 @@ MERGED, EAGER, ADDMM, COMPILED, FUSED = "merged", "unfused eager", "base + addmm
 UNFUSED = (EAGER, ADDMM, COMPILED)
 DTYPE = torch.bfloat16
 SCALING = 2.0
-# A cycle of copies is to be larger than the cache by this factor, within a limit on memory.
+# A cycle of copies is to be larger than the cache by this factor, within a limit on memory. Lookups of few tokens would
+# take thousands of calls for that: theirs stay in the cache, for every candidate alike.
 CACHES = 3
 FEWEST_COPIES = 4
+MOST_COPIES = 64
 MOST_BYTES = 8 << 30
-# Lookups of few tokens would take a cycle of thousands; theirs stays in the cache, for every candidate alike.
-MOST_LOOKUPS = 64
 
 Call = Callable[[], Tensor]
 
@@ -57,7 +57,8 @@ def cache_bytes(device: str) -> int:
 
 def copies(nbytes: int, cache: int) -> int:
     """How many tensors of this size take turns."""
-    return min(max(FEWEST_COPIES, CACHES * cache // nbytes + 1), max(1, MOST_BYTES // nbytes))
+    wanted = max(FEWEST_COPIES, CACHES * cache // nbytes + 1)
+    return min(wanted, MOST_COPIES, max(1, MOST_BYTES // nbytes))
 
 
 def expression(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class Linears:
         self.layers = [replace(first, **tensors), *others]
         self.modules = [fused_module(layer, merge_weights=False).eval() for layer in self.layers]
 
-    def case(self, tokens: int, compile_backend: str | None = None) -> Case:
+    def case(self, tokens: int, compile_backend: str | Callable[..., Any] | None = None) -> Case:
         """compile_backend: of the candidate that torch.compile makes for these sizes; None for none of it."""
         first = self.layers[0]
         weight, plain = first.weight, len(first.enable_lora) == 1
@@ -160,9 +161,8 @@ class Embeddings:
     def case(self, tokens: int) -> Case:
         weight, a, b = (t.detach() for t in (self.module.weight, self.module.lora_A, self.module.lora_B))
         row = weight[0].nbytes
-        count = min(MOST_LOOKUPS, copies(tokens * row, self.cache))
         generator = torch.Generator(weight.device).manual_seed(tokens)
-        shape = count, tokens
+        shape = copies(tokens * row, self.cache), tokens
         turns = torch.randint(len(weight), shape, generator=generator, device=weight.device)
         calls: dict[str, list[Call]] = {
             MERGED: [partial(F.embedding, indices, weight) for indices in turns],
