@@ -20,7 +20,7 @@ import fused_lora
 from benchmarks.accuracy import update
 from benchmarks.peers import Layer, fused_module
 
-MERGED, EAGER, ADDMM, COMPILED, FUSED = "merged", "unfused eager", "base + addmm_", "torch.compile", "fused"
+MERGED, EAGER, ADDMM, COMPILED, FUSED = "merged", "eager", "base + addmm_", "torch.compile", "fused"
 UNFUSED = (EAGER, ADDMM, COMPILED)
 DTYPE = torch.bfloat16
 SCALING = 2.0
