@@ -20,7 +20,7 @@ from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import AdapterGradTile, rank_block, tiles_for
-from .launch import bits_arguments, cdiv, input_precision, stated_work
+from .launch import cdiv, input_precision, launch, stated_work, strides
 from .panel import panel as compute_panel
 from .reduce import reduce
 
@@ -118,20 +118,33 @@ def _launch(
     splits = cdiv(M, rows)
     shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
     grad = left.new_empty(shape, dtype=torch.float32)
-    strides = grad.stride() if not transposed else (grad.stride(0), grad.stride(2), grad.stride(1))
+    by_inner = grad.mT if transposed else grad
     product = None if factor is None else left.new_empty((grid_i, M, enabled * R), dtype=torch.float32)
-    _adapter_grad_kernel[(enabled * grid_i, splits, grid_r)](
-        left, *left.stride(),
-        panel, *panel.stride(),
-        grad, *strides,
-        factor, *((0, 0) if factor is None else factor.stride()),
-        product, *((0, 0, 0) if product is None else product.stride()),
-        M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
-        BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **bits_arguments(bits),
-    )  # fmt: skip
+    precision = input_precision(left.dtype)
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (enabled * grid_i, splits, grid_r), dict(
+            **strides("lm li", left),
+            **strides("pm pr", panel),
+            **strides("gs gi gr", by_inner),
+            **strides("fi fr", factor),
+            **strides("ds dm dr", product),
+            M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
+            BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+            EVEN_I=I % tile.block_i == 0, PRECISION=precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            **strides("bm", bits),
+        )  # fmt: skip
+
+    tensors = {
+        "left_ptr": left,
+        "panel_ptr": panel,
+        "grad_ptr": by_inner,
+        "factor_ptr": factor,
+        "product_ptr": product,
+        "bits_ptr": bits,
+    }
+    launch(_adapter_grad_kernel, tensors, (tile, precision, *enable_lora), arguments)
     return grad, product
 
 

@@ -26,7 +26,7 @@ from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_before, enabled_slice, slice_arguments
 from .config import processors, rank_block, tiles_for
-from .launch import bits_arguments, cdiv, input_precision, stated_work
+from .launch import cdiv, input_precision, launch, stated_work, strides
 
 GROUP_M = 8
 # More would not fit in registers beside the tile.
@@ -294,30 +294,42 @@ def _fused_linear(
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
     if persistent:
         programs = min(programs, processors(left.device))
-    arguments: tuple[Tensor | TensorDescriptor, ...] = left, right, out
+    described: dict[str, TensorDescriptor] = {}
     if descriptors:
         block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
-        arguments = (
-            TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i]),
-            TensorDescriptor.from_tensor(rows_of_right, block),
-            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_j // 4]) if stored else out,
-        )
-    _fused_linear_kernel[(programs,)](
-        arguments[0], *left.stride(),
-        arguments[1], *right.stride(),
-        panel, *panel.stride(),
-        factor, *factor.stride(),
-        bias, 0 if bias is None else bias.stride(0),
-        arguments[2], *out.stride(),
-        M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
-        BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M,
-        DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
-        EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0,
-        PRECISION=input_precision(left.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **bits_arguments(bits),
-    )  # fmt: skip
+        described["left_ptr"] = TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i])
+        described["right_ptr"] = TensorDescriptor.from_tensor(rows_of_right, block)
+    if stored:
+        described["out_ptr"] = TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_j // 4])
+    precision = input_precision(left.dtype)
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (programs,), dict(
+            **strides("lm li", left),
+            **strides("ri rj", right),
+            **strides("pm pr", panel),
+            **strides("fr fj", factor),
+            **strides("bias", bias),
+            **strides("om oj", out),
+            M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
+            BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+            SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M,
+            DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
+            EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            **strides("bm", bits),
+        )  # fmt: skip
+
+    tensors = {
+        "left_ptr": left,
+        "right_ptr": right,
+        "panel_ptr": panel,
+        "factor_ptr": factor,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "bits_ptr": bits,
+    }
+    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, described)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._accumulate import accumulate
 from .config import tiles_for
-from .launch import cdiv, stated_work
+from .launch import cdiv, launch, stated_work, strides
 
 RANK_STEP = 16
 
@@ -72,22 +72,32 @@ def _launch(
 ) -> Tensor:
     (V, J), R = base.shape, left.shape[1]
     out = base.new_empty((V if index is None else len(index), J))
-    if len(out) > 0:
-        tile = tiles_for(out.device, out.dtype).update
-        grid = (cdiv(len(out), tile.block_m), max(1, cdiv(J, tile.block_j)))
-        _low_rank_update_kernel[grid](
-            base, *base.stride(),
-            left, *left.stride(),
-            right, *right.stride(),
-            index,
-            out, *out.stride(),
-            panel, *((0, 0) if panel is None else panel.stride()),
+    tile = tiles_for(out.device, out.dtype).update
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (cdiv(len(out), tile.block_m), max(1, cdiv(J, tile.block_j))), dict(
+            **strides("bv bj", base),
+            **strides("lv lr", left),
+            **strides("rr rj", right),
+            **strides("om oj", out),
+            **strides("pm pr", panel),
             scale=scale,
             M=len(out), J=J, R=R, V=V,
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_R=RANK_STEP,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             debug=index is not None, sanitize_overflow=False,
         )  # fmt: skip
+
+    if len(out) > 0:
+        tensors = {
+            "base_ptr": base,
+            "left_ptr": left,
+            "right_ptr": right,
+            "index_ptr": index,
+            "out_ptr": out,
+            "panel_ptr": panel,
+        }
+        launch(_low_rank_update_kernel, tensors, (tile, scale), arguments)
     return out
 
 

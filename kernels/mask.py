@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import bit_ptrs, draw_tile, in_bits, unpacked
-from .launch import Dropout, bits_arguments, cdiv, dropout_arguments, stated_work
+from .launch import Dropout, cdiv, dropout_arguments, dropout_facts, launch, stated_work, strides
 
 BLOCK_M = 16
 BLOCK_K = 128
@@ -55,15 +55,22 @@ def _mask_kernel(
 
 def _launch(value: Tensor, out: Tensor, bits: Tensor, dropout: Dropout | None, *, add: bool) -> None:
     M, K = value.shape
-    if value.numel() > 0:
-        _mask_kernel[(cdiv(M, BLOCK_M), cdiv(K, BLOCK_K))](
-            value, *value.stride(),
-            out, *out.stride(),
+    if value.numel() == 0:
+        return
+    seed = None if dropout is None else dropout.seed
+    tensors = {"value_ptr": value, "out_ptr": out, "bits_ptr": bits, "seed_ptr": seed}
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K)), dict(
+            **strides("vm vk", value),
+            **strides("om ok", out),
             M=M, K=K,
             BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, ADD=add,
             num_warps=4, enable_fp_fusion=True,
-            **bits_arguments(bits), **dropout_arguments(dropout),
+            **strides("bm", bits), **dropout_arguments(dropout),
         )  # fmt: skip
+
+    launch(_mask_kernel, tensors, (add, *dropout_facts(dropout)), arguments)
 
 
 def drop(x: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:

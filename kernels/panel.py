@@ -18,7 +18,16 @@ from ._accumulate import accumulate
 from ._dropout import bit_ptrs, draw_tile, in_bits
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block, tiles_for
-from .launch import Dropout, bits_arguments, cdiv, dropout_arguments, input_precision, stated_work
+from .launch import (
+    Dropout,
+    cdiv,
+    dropout_arguments,
+    dropout_facts,
+    input_precision,
+    launch,
+    stated_work,
+    strides,
+)
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -93,18 +102,26 @@ def panel(
     bits = None if dropout is None else left.new_empty((M, cdiv(I, 8)), dtype=torch.uint8)
     if M == 0:
         return out, bits
-    block_r, arguments = rank_block(R), dropout_arguments(dropout)
-    tiles = tiles_for(left.device, left.dtype, I, aligned=arguments["ALIGNED"])
-    tile = tiles.panel[block_r]
-    _panel_kernel[(cdiv(M, tile.block_m), enabled * cdiv(R, block_r))](
-        left, *left.stride(),
-        factor, *factor.stride(),
-        out, *out.stride(),
-        scale=scale if dropout is None else scale / dropout.keep_probability,
-        M=M, I=I, R=R, **slice_arguments(enable_lora),
-        BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-        EVEN_I=I % tile.block_i == 0, PRECISION=input_precision(left.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        **bits_arguments(bits), **arguments,
-    )  # fmt: skip
+    block_r, aligned = rank_block(R), dropout is None or dropout.column_offset % 8 == 0
+    tile = tiles_for(left.device, left.dtype, I, aligned=aligned).panel[block_r]
+    precision, seed = input_precision(left.dtype), None if dropout is None else dropout.seed
+    if dropout is not None:
+        scale /= dropout.keep_probability
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (cdiv(M, tile.block_m), enabled * cdiv(R, block_r)), dict(
+            **strides("lm li", left),
+            **strides("fi fr", factor),
+            **strides("pm pr", out),
+            scale=scale,
+            M=M, I=I, R=R, **slice_arguments(enable_lora),
+            BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+            EVEN_I=I % tile.block_i == 0, PRECISION=precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            **strides("bm", bits), **dropout_arguments(dropout),
+        )  # fmt: skip
+
+    facts = (tile, precision, scale, *enable_lora, *dropout_facts(dropout))
+    tensors = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": out, "bits_ptr": bits, "seed_ptr": seed}
+    launch(_panel_kernel, tensors, facts, arguments)
     return out, bits

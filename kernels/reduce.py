@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, stated_work
+from .launch import cdiv, launch, stated_work
 
 BLOCK = 256
 SPLIT_STEP = 16
@@ -68,10 +68,16 @@ def reduce(
         others = other[0]
         other_out = others.new_empty(others.shape[1:], dtype=other[1])
     blocks = cdiv(out.numel(), BLOCK) + (0 if other_out is None else cdiv(other_out.numel(), BLOCK))
-    if blocks > 0:
-        _reduce_kernel[(blocks,)](
-            partials, out, scale, len(partials), out.numel(),
-            others, other_out, 0 if others is None else len(others), 0 if other_out is None else other_out.numel(),
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (blocks,), dict(
+            scale=scale, SPLITS=len(partials), SIZE=out.numel(),
+            OTHER_SPLITS=0 if others is None else len(others),
+            OTHER_SIZE=0 if other_out is None else other_out.numel(),
             BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+
+    if blocks > 0:
+        tensors = {"partials_ptr": partials, "out_ptr": out, "other_partials_ptr": others, "other_out_ptr": other_out}
+        launch(_reduce_kernel, tensors, (scale,), arguments)
     return out, other_out
