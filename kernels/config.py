@@ -61,6 +61,22 @@ class UpdateTile:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class DecodeTile:
+    """decode.py: a tile of the output and its step over K, in how many parts K is split; the same for the panel."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    parts: int
+    panel_k: int
+    splits: int = 1
+    descriptors: bool = False
+    panel_rows: int = 16
+
+
 # A rank is padded to a power of two from 16, the least that a matrix instruction contracts over, and cut into pieces
 # of at most the last. Panels and adapter gradients have a tile for each.
 RANK_BLOCKS = (16, 32, 64, 128)

@@ -1,0 +1,290 @@
+"""A LoRA layer for few rows in one launch: out = x @ w.T + (scale * x @ a.T) @ b.T + bias.
+
+Few rows are bound by reading w, and each further launch costs a good part of the whole layer. The first programs
+compute the panel xa = scale * x @ a.T, each over a part of K; the last of a tile's to arrive adds the parts up in a
+fixed order. All other programs stream w meanwhile, each for its own columns of out, and wait for the panel only before
+their last, small product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits
+for nobody. The last program of all leaves the flags as it found them, at zero.
+
+A row's bits do not depend on other rows, nor, with the same tiles, on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._accumulate import accumulate
+from ._slices import enabled_before, enabled_slice, slice_arguments
+from .config import DecodeTile, rank_block
+from .flags import flags_for
+from .launch import cdiv, input_precision, stated_work
+
+RANK_STEP = 64
+
+
+def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    x, out, factors = args["x_ptr"], args["out_ptr"], (args["lora_A_ptr"], args["lora_B_ptr"])
+    flops = 2.0 * (x.numel() * args["N"] + len(x) * sum(factor.numel() for factor in factors))
+    return stated_work("decode", flops, x, args["weight_ptr"], *factors, args["bias_ptr"], out, dtype=x.dtype)
+
+
+@triton.jit
+def _produce(
+    x_ptr, stride_xm, stride_xk,
+    lora_A_ptr, stride_ar, stride_ak,
+    parts_ptr, panel_ptr, ready_ptr, arrived_ptr,
+    scale,
+    M, K, RANKS,
+    tile, part,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of K of a tile of the panel; the last to arrive adds them up."""
+    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = (rows < M)[:, None]
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), PARTS)
+    first = part * steps * BLOCK_K
+    last = tl.minimum(first + steps * BLOCK_K, K)
+    for start_r in range(0, RANKS, BLOCK_R):
+        ranks = start_r + tl.arange(0, BLOCK_R)
+        in_ranks = (ranks < RANKS)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(first, last, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K).to(tl.int64)
+            in_x, in_A = in_rows, in_ranks
+            if not EVEN_K:
+                in_x = in_x & (inner < K)[None, :]
+                in_A = in_A & (inner < K)[:, None]
+            x = tl.load(x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk, mask=in_x, other=0.0)
+            A_ptrs = lora_A_ptr + ranks[None, :].to(tl.int64) * stride_ar + inner[:, None] * stride_ak
+            factor = tl.load(A_ptrs, mask=in_A, other=0.0)
+            acc = accumulate(x, factor.to(x.dtype), acc, PRECISION)
+        part_ptrs = parts_ptr + (part.to(tl.int64) * M + rows[:, None]) * RANKS + ranks[None, :]
+        tl.store(part_ptrs, acc, mask=in_rows & in_ranks)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1:
+        for start_r in range(0, RANKS, BLOCK_R):
+            ranks = start_r + tl.arange(0, BLOCK_R)
+            inside = in_rows & (ranks < RANKS)[None, :]
+            places = rows[:, None] * RANKS + ranks[None, :]
+            total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for p in tl.static_range(PARTS):
+                ptrs = parts_ptr + tl.full((), p, tl.int64) * M * RANKS + places
+                total += tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(panel_ptr + places, (total * scale).to(panel_ptr.dtype.element_ty), mask=inside)
+        tl.store(arrived_ptr, 0)
+        tl.debug_barrier()
+        tl.atomic_add(ready_ptr, 1, sem="release")
+
+
+@triton.jit
+def _finish(
+    acc,
+    lora_B_ptr, stride_bn, stride_br,
+    bias_ptr, stride_bias,
+    out_ptr, stride_om,
+    panel_ptr, ready_ptr, done_ptr,
+    rows, columns, tile_n, panel_tiles, finishers,
+    M, N, R, RANKS,
+    WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Waits for the panel, adds the low-rank product and the bias to acc, and stores."""
+    in_rows = (rows < M)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    first, last = tl.full((), 0, tl.int32), 1
+    if SLICES > 1:
+        last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
+        first = enabled_before(tile_n * BLOCK_N // WIDTH, SLICES, ENABLED)
+        last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+    for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
+        e = first + step // RANK_STEPS
+        slice = enabled_slice(e, SLICES, ENABLED)
+        ranks = step % RANK_STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+        in_ranks = ranks < tl.where(e < last, R, 0)
+        in_slice = (columns >= slice * WIDTH) & (columns < (slice + 1) * WIDTH)
+        B_ptrs = lora_B_ptr + (columns + (e - slice).to(tl.int64) * WIDTH)[None, :] * stride_bn
+        B_ptrs += ranks[:, None].to(tl.int64) * stride_br
+        factor = tl.load(B_ptrs, mask=in_ranks[:, None] & (in_slice & (columns < N))[None, :], other=0.0)
+        if step == 0:
+            ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
+            while ready < panel_tiles:
+                ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
+            tl.debug_barrier()
+        panel_ptrs = panel_ptr + rows[:, None] * RANKS + (e * R + ranks)[None, :]
+        panel = tl.load(panel_ptrs, mask=in_rows & in_ranks[None, :], other=0.0, cache_modifier=".cg")
+        acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & (columns < N)[None, :])
+    if tl.atomic_add(done_ptr, 1, sem="acq_rel") == finishers - 1:
+        tl.store(ready_ptr, 0)
+        tl.store(done_ptr, 0)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["M"])
+def _decode_kernel(
+    x_ptr, stride_xm, stride_xk,  # [M, K]
+    weight_ptr, stride_wn, stride_wk,  # [N, K]
+    x_descriptor, weight_descriptor,  # of the same, or None
+    lora_A_ptr, stride_ar, stride_ak,  # [enabled * R, K]
+    lora_B_ptr, stride_bn, stride_br,  # [enabled * WIDTH, R]
+    bias_ptr, stride_bias,  # [N]
+    out_ptr, stride_om,  # [M, N]
+    parts_ptr, panel_ptr,  # [PARTS, M, RANKS], [M, RANKS]
+    splits_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N], or None
+    flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
+    scale,
+    M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
+    WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
+    PARTS: tl.constexpr, PANEL_ROWS: tl.constexpr, PANEL_K: tl.constexpr, PANEL_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    panel_tiles = tl.cdiv(M, PANEL_ROWS)
+    producers = panel_tiles * PARTS
+    program = tl.program_id(0)
+    if program < producers:
+        _produce(
+            x_ptr, stride_xm, stride_xk,
+            lora_A_ptr, stride_ar, stride_ak,
+            parts_ptr, panel_ptr, flags_ptr, flags_ptr + 2 + program // PARTS,
+            scale,
+            M, K, RANKS,
+            program // PARTS, program % PARTS,
+            PARTS, PANEL_ROWS, PANEL_K, PANEL_R, EVEN_K, PRECISION,
+        )  # fmt: skip
+    else:
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        tile = (program - producers) // SPLITS
+        split = (program - producers) % SPLITS
+        rows = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tile_n = tile // tiles_m
+        columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_rows, in_columns = (rows < M)[:, None], (columns < N)[None, :]
+        steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+        first = split * steps * BLOCK_K
+        last = tl.minimum(first + steps * BLOCK_K, K)
+        inner = first + tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + inner[None, :].to(tl.int64) * stride_xk
+        weight_ptrs = weight_ptr + columns[None, :] * stride_wn + inner[:, None].to(tl.int64) * stride_wk
+        step = tl.full((), BLOCK_K, tl.int64)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(first, last, BLOCK_K):
+            in_x, in_weight = in_rows, in_columns
+            if weight_descriptor is not None:
+                x = x_descriptor.load([tile % tiles_m * BLOCK_M, start])
+                weight = weight_descriptor.load([tile_n * BLOCK_N, start]).T
+            else:
+                if not EVEN_K:
+                    in_x = in_x & (start + tl.arange(0, BLOCK_K) < K)[None, :]
+                    in_weight = in_weight & (start + tl.arange(0, BLOCK_K) < K)[:, None]
+                x = tl.load(x_ptrs, mask=in_x, other=0.0)
+                if EVEN_K and EVEN_N:
+                    weight = tl.load(weight_ptrs, eviction_policy="evict_first")
+                else:
+                    weight = tl.load(weight_ptrs, mask=in_weight, other=0.0, eviction_policy="evict_first")
+                x_ptrs += step * stride_xk
+                weight_ptrs += step * stride_wk
+            acc = accumulate(x, weight, acc, PRECISION)
+
+        finishers = tiles_m * tiles_n
+        if SPLITS == 1:
+            _finish(
+                acc,
+                lora_B_ptr, stride_bn, stride_br,
+                bias_ptr, stride_bias,
+                out_ptr, stride_om,
+                panel_ptr, flags_ptr, flags_ptr + 1,
+                rows, columns, tile_n, panel_tiles, finishers,
+                M, N, R, RANKS,
+                WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
+            )  # fmt: skip
+        else:
+            places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            split_ptrs = splits_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + places
+            tl.store(split_ptrs + split * (BLOCK_M * BLOCK_N), acc)
+            tl.debug_barrier()
+            arrived_ptr = flags_ptr + 2 + panel_tiles + tile
+            if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS - 1:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for s in tl.static_range(SPLITS):
+                    acc += tl.load(split_ptrs + s * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                tl.store(arrived_ptr, 0)
+                _finish(
+                    acc,
+                    lora_B_ptr, stride_bn, stride_br,
+                    bias_ptr, stride_bias,
+                    out_ptr, stride_om,
+                    panel_ptr, flags_ptr, flags_ptr + 1,
+                    rows, columns, tile_n, panel_tiles, finishers,
+                    M, N, R, RANKS,
+                    WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
+                )  # fmt: skip
+
+
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    tile: DecodeTile,
+    enable_lora: Sequence[bool] = (True,),
+    dependent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
+
+    lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N].
+    """
+    (M, K), N, (RANKS, R) = x.shape, len(weight), (len(lora_A), lora_B.shape[1])
+    out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS))
+    if out.numel() == 0:
+        return out, panel
+    width = N // len(enable_lora)
+    touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
+    panel_tiles, block_r = cdiv(M, tile.panel_rows), min(rank_block(R), RANK_STEP)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    splits = None
+    if tile.splits > 1:
+        splits = x.new_empty(tiles * tile.splits * tile.block_m * tile.block_n, dtype=torch.float32)
+    descriptors: tuple[TensorDescriptor | None, ...] = None, None
+    if tile.descriptors:
+        descriptors = (
+            TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+        )
+    _decode_kernel[(panel_tiles * tile.parts + tiles * tile.splits,)](
+        x, *x.stride(),
+        weight, *weight.stride(),
+        *descriptors,
+        lora_A, *lora_A.stride(),
+        lora_B, *lora_B.stride(),
+        bias, 0 if bias is None else bias.stride(0),
+        out, N,
+        x.new_empty((tile.parts, M, RANKS), dtype=torch.float32), panel,
+        splits, flags_for(x, 2 + panel_tiles + (tiles if tile.splits > 1 else 0)),
+        scale=scale,
+        M=M, N=N, K=K, R=R, RANKS=RANKS,
+        WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
+        PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=tile.panel_k, PANEL_R=min(rank_block(RANKS), RANK_STEP),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
+        BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r),
+        EVEN_K=K % max(tile.block_k, tile.panel_k) == 0, EVEN_N=N % tile.block_n == 0,
+        PRECISION=input_precision(x.dtype), DEPENDENT=dependent, launch_pdl=dependent,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, panel
