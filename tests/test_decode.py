@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
-from numerics import assert_as_accurate_as  # noqa: E402
+from numerics import assert_as_accurate_as
 
-from fused_lora.kernels.config import DecodeTile  # noqa: E402
-from fused_lora.kernels.decode import decode  # noqa: E402
-from fused_lora.kernels.flags import flags_for  # noqa: E402
+from fused_lora.kernels.config import DecodeTile
+from fused_lora.kernels.decode import decode
+from fused_lora.kernels.flags import flags_for
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, parts=2, panel_k=32)
