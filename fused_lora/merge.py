@@ -142,7 +142,9 @@ class MergingLayer(nn.Module, LoRALayer):
             owner, base, weight = self._owner(), self.base_weight, self.merged_weight()
             merged = nn.Parameter(weight, requires_grad=base.requires_grad)
             if before is not None and _alike(before.merged, merged):
-                merged = before.merged.copy_(weight).requires_grad_(base.requires_grad)
+                merged = before.merged
+                merged.copy_(weight)
+                merged.requires_grad = base.requires_grad
             owner.weight = merged
             if self.merged_base_device is not None:
                 base.data = base.data.to(self.merged_base_device)
@@ -180,12 +182,7 @@ class MergingLayer(nn.Module, LoRALayer):
             return
         for source in self._kept.sources:
             if source.tensor._version != source.version:
-                if source.name.startswith("lora_") or torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        f"{source.name} was changed while the layer is merged, and its weight has not taken the "
-                        "change; expected load_adapter, or eval() after the change, which merges anew."
-                    )
-                self._merge_changes()
+                self._follow(source.name, self._kept.merged)
                 break
         if not torch.is_grad_enabled():
             return
@@ -195,6 +192,15 @@ class MergingLayer(nn.Module, LoRALayer):
                 "train(), build it with merge_weights=False, or evaluate under torch.no_grad().",
                 stacklevel=5,
             )
+
+    def _follow(self, changed: str, merged: Tensor) -> None:
+        captured = merged.is_cuda and torch.cuda.is_current_stream_capturing()
+        if changed.startswith("lora_") or captured:
+            raise RuntimeError(
+                f"{changed} was changed while the layer is merged, and its weight has not taken the change; expected "
+                "load_adapter, or eval() after the change, which merges anew."
+            )
+        self._merge_changes()
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         was_merged = self.merged

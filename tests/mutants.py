@@ -371,7 +371,13 @@ MUTANTS = (
         "a changed adapter is merged in silence", MERGE, 'changed.startswith("lora_") or captured', "captured", ANEW
     ),
     Mutant("merging anew makes a new parameter", MERGE, "_alike(before.merged, merged)", "False", ANEW),
-    Mutant("another layout in the old storage", MERGE, "a.stride(), ", "", ANEW),
+    Mutant(
+        "another layout in the old storage",
+        MERGE,
+        "a.stride(), a.dtype, a.device) == (b.shape, b.stride()",
+        "a.dtype, a.device) == (b.shape",
+        ANEW,
+    ),
     Mutant("eval() again does nothing", MERGE, "elif not mode:", "elif False:", ANEW),
     Mutant("a copy forgets what it has missed", MERGE, "source.tensor._version - source.version)", "0)", ANEW),
     Mutant("shared adapters merged too early", ADAPTER_FILE, "layer._merge_changes()", "pass", ANEW),

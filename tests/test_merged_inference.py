@@ -169,6 +169,15 @@ def test_a_merged_weight_of_another_layout_is_a_new_parameter(device: str) -> No
     assert_same_bits(layer.conv.weight, twin.conv.weight)
 
 
+def refusal(layer: nn.Module, x: Tensor) -> str:
+    """What a forward raises, if it does."""
+    try:
+        layer(x)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "copy_": lambda layer: layer.lora_A.copy_(layer.lora_A.clone() * 2),
     "a view": lambda layer: layer.lora_B[0].add_(1),
@@ -192,9 +201,7 @@ def test_an_adapter_changed_while_merged_is_an_error_until_it_is_merged_anew(
         with guard() if "replaced" not in change else torch.no_grad():
             CHANGES[change](module)
     with guard():
-        for _ in "12":
-            with pytest.raises(RuntimeError, match=r"^lora_[AB] was changed while .* expected load_adapter, or eval\("):
-                layer(x)
+        assert "load_adapter" in refusal(layer, x) and "eval()" in refusal(layer, x)
         layer.eval()
         assert owner(layer).weight is merged
         assert_same_bits(layer(x), twin.eval()(x))
@@ -213,8 +220,7 @@ def test_a_copy_has_missed_what_its_original_has(name: str, duplicate: Callable[
         assert_same_bits(fresh(x), layer(x))
         for module in (fresh, layer):
             module.lora_B.mul_(2)
-            with pytest.raises(RuntimeError, match="lora_B was changed"):
-                duplicate(module)(x)
+            assert refusal(duplicate(module), x).startswith("lora_B was changed")
             assert_same_bits(duplicate(module).eval()(x), module.eval()(x))
 
 
@@ -246,6 +252,7 @@ def test_layers_that_share_their_adapter_all_take_the_one_that_is_loaded(device:
     load_adapter(model.eval(), tmp_path / "adapter.safetensors")
     with torch.no_grad():
         for mine, its in zip(model, other.eval(), strict=True):
+            assert refusal(mine, x) == ""
             assert_same_bits(mine(x), its(x))
 
 
