@@ -71,8 +71,10 @@ def adapter_configs(path: str | os.PathLike[str]) -> dict[str, AdapterConfig]:
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads a file of `save_adapter` into a model with the same LoRA layers: tensors, lora_alpha and scaling.
 
-    A merged layer is merged anew. lora_dropout is left as the model has it. Raises ValueError, before anything is
-    changed, if the file's layers, ranks, slices, names or shapes are not the model's.
+    A merged layer is merged anew, into the parameter and storage of its merged weight, so that compiled code and CUDA
+    graphs follow; an unmerged one has lora_A and lora_B written in place. lora_dropout is left as the model has it.
+    Raises ValueError, before anything is changed, if the file's layers, ranks, slices, names or shapes are not the
+    model's.
     """
     configs, tensors = _read(path)
     layers, state = _lora_layers(model), model.state_dict()
@@ -100,6 +102,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         layer.lora_alpha = configs[name].lora_alpha
         layer.scaling = layer.lora_alpha / layer.r
     model.load_state_dict(tensors, strict=False)
+    for layer in layers.values():
+        # Where layers share a tensor, those that were loaded before the last one have missed its loading.
+        layer._merge_changes()
 
 
 def _lora_layers(model: nn.Module) -> dict[str, MergingLayer]:

@@ -17,12 +17,31 @@ _Self = TypeVar("_Self", bound="MergingLayer")
 
 
 @dataclass
+class _Source:
+    """A tensor that was merged, and how many changes in place torch had counted by then."""
+
+    name: str
+    tensor: Tensor
+    version: int
+
+
+@dataclass
 class _Kept:
-    """What a merged layer keeps: the base, and how the merged tensors were when they were merged."""
+    """What a merged layer keeps: the base, the parameter made for its place, and what that was made of."""
 
     base: nn.Parameter
+    merged: nn.Parameter
     requires_grad: bool
-    versions: tuple[tuple[int, int], ...]
+    sources: tuple[_Source, ...]
+
+    # A copy's tensors count from elsewhere, but the copy has missed the same changes.
+    def __getstate__(self) -> tuple[Any, ...]:
+        missed = [(source.name, source.tensor, source.tensor._version - source.version) for source in self.sources]
+        return self.base, self.merged, self.requires_grad, missed
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.base, self.merged, self.requires_grad, missed = state
+        self.sources = tuple(_Source(name, t, t._version - n) for name, t, n in missed if not t.is_inference())
 
 
 class MergingLayer(nn.Module, LoRALayer):
@@ -30,9 +49,15 @@ class MergingLayer(nn.Module, LoRALayer):
 
     Merging puts a parameter of the layer's own in the place of the base weight, which is kept aside and never written:
     unmerging restores its every bit, and modules that share it never see the adapter. state_dict() holds the base in
-    either mode; casting, moving and loading act on the base and the adapter, and merge anew. So does the next forward
-    after any of the three was replaced or changed in place while merged, as far as torch counts such changes (it does
-    not see what is written through .data).
+    either mode; casting, moving and loading act on the base and the adapter, and merge anew, into the same parameter
+    and storage unless dtype, device or strides are new ones: CUDA graphs and compiled code follow, as does a module
+    that was given the merged parameter.
+
+    A merged layer takes a new adapter by `load_adapter`, or by eval() once more after lora_A and lora_B were changed or
+    replaced. Until then its forward raises RuntimeError; a base that changed, which others may share, it merges anew by
+    itself. This costs a comparison of version counters and has their limits: compiled code and graph replays do not
+    look, and torch counts neither what is done through .data nor changes of inference tensors, after which train() and
+    eval() merge.
 
     merged_base_device: where the base is kept while merged; None leaves it where it is, at the cost of a second weight
         there. With a device, the base parameter's storage is moved: not for a weight that other modules share.
@@ -46,7 +71,7 @@ class MergingLayer(nn.Module, LoRALayer):
         if not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha is {lora_alpha}; expected a finite number.")
         self._kept: _Kept | None = None
-        self._merge_after_loading = False
+        self._merged_before_loading: _Kept | None = None
         self.register_state_dict_post_hook(_save_base)
         self.register_load_state_dict_post_hook(_merge_again)
 
@@ -90,51 +115,75 @@ class MergingLayer(nn.Module, LoRALayer):
         raise NotImplementedError
 
     def train(self: _Self, mode: bool = True) -> _Self:
-        """Sets the mode; with merge_weights, train(False) merges the adapter and train(True) takes it out again."""
+        """Sets the mode; with merge_weights, train(False) merges the adapter and train(True) takes it out again.
+
+        train(False) of a merged layer merges anew if lora_A, lora_B or the base changed.
+        """
         super().train(mode)
         if self.merge_weights and mode == self.merged:
             self._unmerge() if mode else self._merge()
+        elif not mode:
+            self._merge_changes()
         return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's; of a merged layer, a new lora_A or lora_B counts as changed."""
+        super().register_parameter(name, param)
+        if name in ("lora_A", "lora_B") and self._kept is not None:
+            # No tensor's version is negative.
+            self._kept.sources = (_Source(name, self._kept.merged, -1), *self._kept.sources)
 
     # Leaving inference mode, since eval() called there shall not make an inference tensor of the weight.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _merge(self) -> None:
+    def _merge(self, before: _Kept | None = None) -> None:
+        """before: of an earlier merge, whose parameter is written if it is as a new one would be."""
         if self._has_adapter:
-            owner, base = self._owner(), self.base_weight
-            owner.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
+            owner, base, weight = self._owner(), self.base_weight, self.merged_weight()
+            merged = nn.Parameter(weight, requires_grad=base.requires_grad)
+            if before is not None and _alike(before.merged, merged):
+                merged = before.merged
+                merged.copy_(weight)
+                merged.requires_grad = base.requires_grad
+            owner.weight = merged
             if self.merged_base_device is not None:
                 base.data = base.data.to(self.merged_base_device)
-            self._kept = _Kept(base, base.requires_grad, self._versions(base))
+            sources = (("lora_A", self.lora_A), ("lora_B", self.lora_B), ("The base weight", base))
+            counted = tuple(_Source(name, t, t._version) for name, t in sources if not t.is_inference())
+            self._kept = _Kept(base, merged, base.requires_grad, counted)
         self.merged = True
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _unmerge(self) -> None:
-        if self._kept is not None:
-            owner, base = self._owner(), self._kept.base
+    def _unmerge(self) -> _Kept | None:
+        before = self._kept
+        if before is not None:
+            owner, base = self._owner(), before.base
             if base.device != owner.weight.device:
                 base.data = base.data.to(owner.weight.device)
-            if owner.weight.requires_grad != self._kept.requires_grad:
+            if owner.weight.requires_grad != before.requires_grad:
                 base.requires_grad = owner.weight.requires_grad
             owner.weight, self._kept = base, None
         self.merged = False
+        return before
 
-    def _versions(self, base: Tensor) -> tuple[tuple[int, int], ...]:
-        """Where each of the merged tensors is, and how often it has changed in place; of inference tensors torch keeps
-        no count."""
-        tensors = (base, self.lora_A, self.lora_B)
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    def _merge_changes(self) -> None:
+        """Merges a merged layer anew if what it was merged of has changed."""
+        if self._kept is not None and any(s.tensor._version != s.version for s in self._kept.sources):
+            self._merge(self._unmerge())
 
     def _check_merged(self) -> None:
-        """Before a merged forward: merges anew what has changed since, and warns if a gradient would be missing."""
-        if self._kept is None or torch.compiler.is_compiling():
+        """Before a merged forward: looks for changes since the merge, and warns if a gradient would be missing.
+
+        Raises RuntimeError if lora_A or lora_B changed, or anything while a CUDA graph is captured, which would hold
+        the merge.
+        """
+        if torch.compiler.is_compiling() or self._kept is None:
             return
-        versions = self._versions(self._kept.base)
-        if versions != self._kept.versions:
-            with torch.no_grad():
-                self._owner().weight.copy_(self.merged_weight())
-            self._kept.versions = versions
+        for source in self._kept.sources:
+            if source.tensor._version != source.version:
+                self._follow(source.name, self._kept.merged)
+                break
         if not torch.is_grad_enabled():
             return
         if self.lora_A.requires_grad or self.lora_B.requires_grad or self._owner().weight.requires_grad:
@@ -144,13 +193,21 @@ class MergingLayer(nn.Module, LoRALayer):
                 stacklevel=5,
             )
 
+    def _follow(self, changed: str, merged: Tensor) -> None:
+        captured = merged.is_cuda and torch.cuda.is_current_stream_capturing()
+        if changed.startswith("lora_") or captured:
+            raise RuntimeError(
+                f"{changed} was changed while the layer is merged, and its weight has not taken the change; expected "
+                "load_adapter, or eval() after the change, which merges anew."
+            )
+        self._merge_changes()
+
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         was_merged = self.merged
-        if was_merged:
-            self._unmerge()
+        before = self._unmerge()
         super()._apply(fn, recurse)
         if was_merged:
-            self._merge()
+            self._merge(before)
         return self
 
     def _load_from_state_dict(
@@ -162,9 +219,8 @@ class MergingLayer(nn.Module, LoRALayer):
         missing_keys: list[str],
         *rest: Any,
     ) -> None:
-        self._merge_after_loading = self.merged
-        if self.merged:
-            self._unmerge()
+        if self._kept is not None:
+            self._merged_before_loading = self._unmerge()
         has_base = any(prefix + name in state_dict for name in ("weight", "conv.weight"))
         has_adapter = any(key.startswith(prefix + "lora_") for key in state_dict)
         already_missing = len(missing_keys)
@@ -185,6 +241,11 @@ def _save_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, local
 
 def _merge_again(module: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(module, MergingLayer)
-    if module._merge_after_loading:
-        module._merge_after_loading = False
-        module._merge()
+    before, module._merged_before_loading = module._merged_before_loading, None
+    if before is not None:
+        module._merge(before)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether a's storage can take b."""
+    return not a.is_inference() and (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)

@@ -1,4 +1,4 @@
-"""What the tests of merging share: a layer of every class, its inputs, and comparisons bit for bit."""
+"""What the tests of merging share: a layer of every class, torch's own in its place, inputs, and comparisons."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fused_lora import Conv1d, Conv2d, Conv3d, Embedding, Linear, MergedLinear
 
@@ -39,6 +40,29 @@ def build(name: str, device: str, **options: Any) -> Any:
     layer = cls(*sizes, **{"r": R, "lora_alpha": ALPHA, "device": device} | its_own | options)
     redraw_adapter(layer)
     return layer
+
+
+class InByOut(nn.Module):
+    """What fan_in_fan_out replaces: GPT-2's Conv1D, a linear layer whose weight is (in_features, out_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        # Strided as fan_in_fan_out's is: BLAS rounds differently for another layout.
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).T)
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.T, self.bias)
+
+
+def plain(name: str) -> nn.Module:
+    """torch's own layer of a name in LAYERS."""
+    cls, sizes, options = LAYERS[name]
+    if options.get("fan_in_fan_out"):
+        return InByOut(*sizes)
+    if cls is MergedLinear:
+        return nn.Linear(*sizes)
+    return getattr(nn, cls.__name__)(*sizes, **options)
 
 
 def redraw_adapter(module: nn.Module) -> None:

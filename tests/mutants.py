@@ -63,6 +63,7 @@ LOOKUPS_TORCH = ("tests/test_embedding.py", "-k", "padding or norm")
 CONVOLUTIONS = ("tests/test_conv.py", "tests/test_conv_state.py", "-k", "dropout or definition or load")
 PLAIN = ("tests/test_conv_state.py", "-k", "plain_checkpoints")
 MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not thousand and not triton")
+ANEW = ("tests/test_merged_inference.py",)
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -358,13 +359,32 @@ MUTANTS = (
     Mutant(
         "merging in place",
         MERGE,
-        "owner.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)",
-        "owner.weight.copy_(self.merged_weight())",
+        "owner.weight = merged\n",
+        "merged = owner.weight.copy_(merged)\n",
         MERGING,
     ),
     Mutant("state_dict holds the merged weight", MERGE, "if module._kept is not None:", "if False:", MERGING),
-    Mutant("merged weight not made anew", MERGE, "if versions != self._kept.versions:", "if False:", MERGING),
-    Mutant("casts act on the merged weight", MERGE, "was_merged = self.merged", "was_merged = False", MERGING),
+    Mutant(
+        "changes while merged not seen", MERGE, "if source.tensor._version != source.version:", "if False:", MERGING
+    ),
+    Mutant(
+        "a changed adapter is merged in silence", MERGE, 'changed.startswith("lora_") or captured', "captured", ANEW
+    ),
+    Mutant("merging anew makes a new parameter", MERGE, "_alike(before.merged, merged)", "False", ANEW),
+    Mutant(
+        "another layout in the old storage",
+        MERGE,
+        "a.stride(), a.dtype, a.device) == (b.shape, b.stride()",
+        "a.dtype, a.device) == (b.shape",
+        ANEW,
+    ),
+    Mutant("eval() again does nothing", MERGE, "elif not mode:", "elif False:", ANEW),
+    Mutant("a copy forgets what it has missed", MERGE, "source.tensor._version - source.version)", "0)", ANEW),
+    Mutant("shared adapters merged too early", ADAPTER_FILE, "layer._merge_changes()", "pass", ANEW),
+    Mutant(
+        "loads act on the merged weight", MERGE, "before_loading = self._unmerge()", "before_loading = None", MERGING
+    ),
+    Mutant("casts leave a layer unmerged", MERGE, "was_merged = self.merged", "was_merged = False", MERGING),
     Mutant("every missing key excused", MERGE, "if key not in adapter]", "if False]", CHECKPOINTS),
     Mutant("partial adapters excused", MERGE, "if has_base and not has_adapter:", "if has_base:", CHECKPOINTS),
     Mutant("scaling not recovered", ADAPTER_FILE, "layer.scaling = layer.lora_alpha / layer.r", "pass", CHECKPOINTS),

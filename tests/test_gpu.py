@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from numerics import assert_as_accurate_as, make_problem, unfused
@@ -174,6 +179,78 @@ def test_graph_replays_draw_fresh_masks_and_follow_the_seed() -> None:
         outputs.append(y.clone())
     assert not torch.equal(outputs[0], outputs[1]), "two replays used one mask"
     assert torch.equal(outputs[0], outputs[2]), "manual_seed does not reach a replay"
+
+
+def captured(layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    return graph, y
+
+
+ADAPTED = {
+    "Linear": lambda **more: fused_lora.Linear(256, 384, r=8, device="cuda", dtype=torch.bfloat16, **more),
+    "MergedLinear": lambda **more: fused_lora.MergedLinear(
+        256, 384, r=8, enable_lora=[True, False, True], device="cuda", dtype=torch.bfloat16, **more
+    ),
+    "Embedding": lambda **more: fused_lora.Embedding(1000, 256, r=8, device="cuda", dtype=torch.bfloat16, **more),
+    "Conv2d": lambda **more: fused_lora.Conv2d(8, 16, 3, r=8, device="cuda", dtype=torch.bfloat16, **more),
+}
+INPUTS = {"Embedding": (64,), "Conv2d": (2, 8, 32, 32)}
+
+
+def adapted(name: str, **more: bool) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """Two layers that differ in their adapters alone, and an input."""
+    layer = ADAPTED[name](**more)
+    torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
+    other = copy.deepcopy(layer)
+    torch.nn.init.normal_(other.lora_A), torch.nn.init.normal_(other.lora_B)
+    x = torch.randn(INPUTS.get(name, (64, 256)), device="cuda", dtype=torch.bfloat16)
+    return layer, other, torch.randint(1000, x.shape, device="cuda") if name == "Embedding" else x
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_graph_of_a_merged_layer_follows_load_adapter(name: str, guard: Callable[[], Any], tmp_path: Path) -> None:
+    layer, other, x = adapted(name)
+    fused_lora.save_adapter(other, tmp_path / "adapter.safetensors")
+    layer.eval(), other.eval()
+    with guard():
+        graph, y = captured(layer, x)
+        graph.replay()
+        before = y.clone()
+        fused_lora.load_adapter(layer, tmp_path / "adapter.safetensors")
+        graph.replay()
+        assert torch.equal(y, other(x)) and not torch.equal(y, before)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_graph_of_an_unmerged_layer_follows_copies_into_a_and_b(name: str, guard: Callable[[], Any]) -> None:
+    layer, other, x = adapted(name, merge_weights=False)
+    layer.eval(), other.eval()
+    with guard():
+        graph, y = captured(layer, x)
+        graph.replay()
+        before = y.clone()
+        layer.lora_A.copy_(other.lora_A), layer.lora_B.copy_(other.lora_B)
+        graph.replay()
+        assert torch.equal(y, other(x)) and not torch.equal(y, before)
+
+
+def test_nothing_is_merged_anew_inside_a_graph() -> None:
+    """The weight would not be made before the first replay, and then in each one."""
+    layer, _, x = adapted("Linear")
+    with torch.no_grad():
+        layer.eval().base_weight.mul_(2)
+        with pytest.raises(RuntimeError, match="The base weight was changed"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            layer(x * 2)
+        layer(x)
+        captured(layer, x)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from mergeable import (
     ALPHA,
-    LAYERS,
     TFT,
     R,
     assert_same_bits,
@@ -18,35 +17,12 @@ from mergeable import (
     every_layer,
     make_x,
     owner,
+    plain,
     redraw_adapter,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fused_lora import Conv1d, Conv2d, Embedding, MergedLinear, merged_state_dict
-
-
-class InByOut(nn.Module):
-    """What fan_in_fan_out replaces: GPT-2's Conv1D, a linear layer whose weight is (in_features, out_features)."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        # Strided as fan_in_fan_out's is: BLAS rounds differently for another layout.
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).T)
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.T, self.bias)
-
-
-def plain(name: str) -> nn.Module:
-    """torch's own layer of a name in LAYERS."""
-    cls, sizes, options = LAYERS[name]
-    if options.get("fan_in_fan_out"):
-        return InByOut(*sizes)
-    if cls is MergedLinear:
-        return nn.Linear(*sizes)
-    return getattr(nn, cls.__name__)(*sizes, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
