@@ -208,6 +208,11 @@ def test_peft_loads_what_is_beside_the_adapter(others: Any, bias: str, modules: 
     assert (config["bias"], config["modules_to_save"]) == (bias, modules)
     expected = merge_lora_into_state_dict(base.state_dict(), read_adapter(folder), dtype=None)
     merged_state = peft.PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    # PEFT rounds B A, and again times scaling, before the sum; by how much, depends on a CPU's BLAS.
+    merged, weight = merged_state.pop("block.fc.weight"), expected.pop("block.fc.weight")
+    torch.testing.assert_close(
+        merged, weight, rtol=0, atol=4 * torch.finfo(weight.dtype).eps * float(weight.abs().max())
+    )
     assert_same_entries(merged_state, expected)
 
 
