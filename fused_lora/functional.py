@@ -257,5 +257,6 @@ def _check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, sizes: tuple[
 
 
 def _check_scaling(scaling: float) -> None:
+    # Of a scaling that varies, dynamo can trace comparisons, but not math.isfinite.
     if not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling is {scaling}; expected a finite number.")

@@ -36,6 +36,16 @@ def enabled_slice(e, SLICES: tl.constexpr, ENABLED: tl.constexpr):
     return found
 
 
+@triton.jit
+def enabled_among(first_column, last_column, WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr):
+    """Which of the enabled slices these columns touch: the first one's e, and the e after the last one's."""
+    first, last = tl.full((), 0, tl.int32), 1
+    if SLICES > 1:
+        first = enabled_before(first_column // WIDTH, SLICES, ENABLED)
+        last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+    return first, last
+
+
 def slice_arguments(enable_lora: Sequence[bool]) -> dict[str, int]:
     """The keyword arguments by which kernels take a pattern; a single enabled slice is a plain linear layer."""
     return {"SLICES": len(enable_lora), "ENABLED": sum(1 << s for s, enabled in enumerate(enable_lora) if enabled)}

@@ -118,7 +118,6 @@ def _launch(
     splits = cdiv(M, rows)
     shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
     grad = left.new_empty(shape, dtype=torch.float32)
-    by_inner = grad.mT if transposed else grad
     product = None if factor is None else left.new_empty((grid_i, M, enabled * R), dtype=torch.float32)
     precision = input_precision(left.dtype)
 
@@ -126,7 +125,7 @@ def _launch(
         return (enabled * grid_i, splits, grid_r), dict(
             **strides("lm li", left),
             **strides("pm pr", panel),
-            **strides("gs gi gr", by_inner),
+            **strides("gs gr gi" if transposed else "gs gi gr", grad),
             **strides("fi fr", factor),
             **strides("ds dm dr", product),
             M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
@@ -139,12 +138,12 @@ def _launch(
     tensors = {
         "left_ptr": left,
         "panel_ptr": panel,
-        "grad_ptr": by_inner,
+        "grad_ptr": grad,
         "factor_ptr": factor,
         "product_ptr": product,
         "bits_ptr": bits,
     }
-    launch(_adapter_grad_kernel, tensors, (tile, precision, *enable_lora), arguments)
+    launch(_adapter_grad_kernel, tensors, (tile, precision, transposed, *enable_lora), arguments)
     return grad, product
 
 

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
-from ._slices import enabled_before, enabled_slice, slice_arguments
+from ._slices import enabled_among, enabled_slice, slice_arguments
 from .config import DecodeTile, rank_block
 from .flags import flags_for
 from .launch import cdiv, input_precision, stated_work
@@ -101,11 +101,8 @@ def _finish(
     in_rows = (rows < M)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    first, last = tl.full((), 0, tl.int32), 1
-    if SLICES > 1:
-        last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
-        first = enabled_before(tile_n * BLOCK_N // WIDTH, SLICES, ENABLED)
-        last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+    last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
+    first, last = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
     for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
         e = first + step // RANK_STEPS
         slice = enabled_slice(e, SLICES, ENABLED)
@@ -200,39 +197,30 @@ def _decode_kernel(
                 weight_ptrs += step * stride_wk
             acc = accumulate(x, weight, acc, PRECISION)
 
-        finishers = tiles_m * tiles_n
-        if SPLITS == 1:
+        arrivals = tl.full((), SPLITS - 1, tl.int32)
+        if SPLITS > 1:
+            places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            split_ptrs = splits_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + places
+            tl.store(split_ptrs + split * (BLOCK_M * BLOCK_N), acc)
+            tl.debug_barrier()
+            arrived_ptr = flags_ptr + 2 + panel_tiles + tile
+            arrivals = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+            if arrivals == SPLITS - 1:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for s in tl.static_range(SPLITS):
+                    acc += tl.load(split_ptrs + s * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                tl.store(arrived_ptr, 0)
+        if arrivals == SPLITS - 1:
             _finish(
                 acc,
                 lora_B_ptr, stride_bn, stride_br,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om,
                 panel_ptr, flags_ptr, flags_ptr + 1,
-                rows, columns, tile_n, panel_tiles, finishers,
+                rows, columns, tile_n, panel_tiles, tiles_m * tiles_n,
                 M, N, R, RANKS,
                 WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
             )  # fmt: skip
-        else:
-            places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            split_ptrs = splits_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + places
-            tl.store(split_ptrs + split * (BLOCK_M * BLOCK_N), acc)
-            tl.debug_barrier()
-            arrived_ptr = flags_ptr + 2 + panel_tiles + tile
-            if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLITS - 1:
-                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                for s in tl.static_range(SPLITS):
-                    acc += tl.load(split_ptrs + s * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
-                tl.store(arrived_ptr, 0)
-                _finish(
-                    acc,
-                    lora_B_ptr, stride_bn, stride_br,
-                    bias_ptr, stride_bias,
-                    out_ptr, stride_om,
-                    panel_ptr, flags_ptr, flags_ptr + 1,
-                    rows, columns, tile_n, panel_tiles, finishers,
-                    M, N, R, RANKS,
-                    WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
-                )  # fmt: skip
 
 
 def decode(

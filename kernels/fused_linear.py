@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
-from ._slices import enabled_before, enabled_slice, slice_arguments
+from ._slices import enabled_among, enabled_slice, slice_arguments
 from .config import processors, rank_block, tiles_for
 from .launch import cdiv, input_precision, launch, stated_work, strides
 
@@ -146,11 +146,8 @@ def _compute_tile(
         )
     if bits_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
-        first, last = tl.full((), 0, tl.int32), 1
-        if SLICES > 1:
-            last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
-            first = enabled_before(tile_j * BLOCK_J // WIDTH, SLICES, ENABLED)
-            last = enabled_before(last_column // WIDTH + 1, SLICES, ENABLED)
+        last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
+        first, last = enabled_among(tile_j * BLOCK_J, last_column, WIDTH, SLICES, ENABLED)
         for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
             e = first + step // RANK_STEPS
             slice = enabled_slice(e, SLICES, ENABLED)

@@ -72,6 +72,8 @@ def _launch(
 ) -> Tensor:
     (V, J), R = base.shape, left.shape[1]
     out = base.new_empty((V if index is None else len(index), J))
+    if len(out) == 0:
+        return out
     tile = tiles_for(out.device, out.dtype).update
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -88,16 +90,15 @@ def _launch(
             debug=index is not None, sanitize_overflow=False,
         )  # fmt: skip
 
-    if len(out) > 0:
-        tensors = {
-            "base_ptr": base,
-            "left_ptr": left,
-            "right_ptr": right,
-            "index_ptr": index,
-            "out_ptr": out,
-            "panel_ptr": panel,
-        }
-        launch(_low_rank_update_kernel, tensors, (tile, scale), arguments)
+    tensors = {
+        "base_ptr": base,
+        "left_ptr": left,
+        "right_ptr": right,
+        "index_ptr": index,
+        "out_ptr": out,
+        "panel_ptr": panel,
+    }
+    launch(_low_rank_update_kernel, tensors, (tile, scale), arguments)
     return out
 
 

@@ -68,6 +68,8 @@ def reduce(
         others = other[0]
         other_out = others.new_empty(others.shape[1:], dtype=other[1])
     blocks = cdiv(out.numel(), BLOCK) + (0 if other_out is None else cdiv(other_out.numel(), BLOCK))
+    if blocks == 0:
+        return out, other_out
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         return (blocks,), dict(
@@ -77,7 +79,6 @@ def reduce(
             BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
-    if blocks > 0:
-        tensors = {"partials_ptr": partials, "out_ptr": out, "other_partials_ptr": others, "other_out_ptr": other_out}
-        launch(_reduce_kernel, tensors, (scale,), arguments)
+    tensors = {"partials_ptr": partials, "out_ptr": out, "other_partials_ptr": others, "other_out_ptr": other_out}
+    launch(_reduce_kernel, tensors, (scale,), arguments)
     return out, other_out

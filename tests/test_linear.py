@@ -232,6 +232,16 @@ def test_compiles_without_a_graph_break_in_both_modes() -> None:
         assert torch.equal(compiled(x), expected)
 
 
+def test_compiled_layers_follow_their_scaling() -> None:
+    """From its second value on dynamo takes a number for a variable."""
+    torch._dynamo.reset()
+    layer, x = Linear(8, 6, r=2), torch.randn(4, 8)
+    nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for layer.scaling in (1.0, 2.0, 3.0):
+        assert torch.equal(compiled(x), layer(x))
+
+
 def test_training_steps_equal_loralibs() -> None:
     """Sixty steps of AdamW at p = 0 from the same seed: the same losses, up to rounding that training amplifies."""
     losses = []
