@@ -19,8 +19,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Backend = Literal["auto", "reference", "triton", "unfused"]
+Backend = Literal["auto", "reference", "triton", "unfused", "decode"]
 _BACKENDS = get_args(Backend)
+# What a request is called within `batch_invariant`, whatever the backend.
+BATCH_INVARIANT = "batch_invariant"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -29,10 +31,11 @@ class Choice:
     """A path and the reason for it, in words.
 
     "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels. "unfused":
-    cuBLAS for every product, kernels for the masks.
+    cuBLAS for every product, kernels for the masks. "decode": one kernel for the whole of a linear layer, without
+    dropout. "batch_invariant": the same with tiles that no number of rows changes, or row by row where it cannot run.
     """
 
-    path: Literal["plain", "reference", "triton", "unfused"]
+    path: Literal["plain", "reference", "triton", "unfused", "decode", "batch_invariant"]
     reason: str
 
     def __str__(self) -> str:
@@ -42,22 +45,32 @@ class Choice:
 # Measured on Hopper; see benchmarks/NOTES.md.
 _FEWEST_ROWS = 2048
 _FEWEST_OUTPUTS = 1 << 21
+# Of a forward alone, on Hopper: up to so many rows whatever the outputs, above for no fewer outputs, and with less than
+# _FEWEST_ROWS for no more. Elsewhere only what is bound by reading the weight.
+_FEW_DECODED, _DECODED_ELSEWHERE = 512, 64
+_FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS = 2048, 8192
+_FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
 _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
 _ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
+_DECODED = Choice("decode", "one launch takes less time where no gradient is wanted and the rows are not so many")
+_INVARIANT = Choice("batch_invariant", "batch_invariant() is in force")
 
 # For the whole process, as torch's own backend flags are: activation checkpointing runs forward again on autograd's
 # threads. Dynamo guards on a module's globals, so that compiled functions follow it.
 _forced: Backend | None = None
+invariant_blocks = 0
 _counters: list[Counter[str]] = []
 
 
-def requested_backend() -> Backend:
-    """The backend of the innermost `use_backend`, else of FUSED_LORA_BACKEND, else "auto".
+def requested_backend() -> str:
+    """The backend of the innermost `use_backend`, else of FUSED_LORA_BACKEND, else "auto"; or BATCH_INVARIANT.
 
     Raises ValueError if the environment variable names no backend.
     """
+    if invariant_blocks:
+        return BATCH_INVARIANT
     if _forced is not None:
         return _forced
     return _checked(os.environ.get("FUSED_LORA_BACKEND", "auto"), "FUSED_LORA_BACKEND")
@@ -73,8 +86,9 @@ def _checked(name: str, source: str) -> Backend:
 def use_backend(backend: Backend) -> Iterator[None]:
     """Within the block, and in the backward of what it computes, every layer of the process takes the given path.
 
-    backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for masks; all
-        but linear layers take it as "triton"), or "auto". Raises where the kernels cannot run but must.
+    backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for masks),
+        "decode" (one kernel for a linear layer without gradients and dropout), or "auto". All but linear layers take
+        "unfused" as "triton"; "decode" is that wherever else. Raises where the kernels cannot run but must.
     Raises ValueError for any other name.
     """
     global _forced
@@ -83,6 +97,23 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within the block, a row of a linear layer's output has the same bits whatever other rows stand beside it.
+
+    Holds for every Linear and MergedLinear of the process, merged ones and those without adapter included, and for any
+    number of rows; other layers are as they were. On a GPU one kernel computes them, with the tiles of a single row, on
+    the CPU each row is computed by itself: that costs time. Backward passes are not invariant. A layer whose dropout is
+    in force raises RuntimeError, since a mask depends on where a row stands.
+    """
+    global invariant_blocks
+    invariant_blocks += 1
+    try:
+        yield
+    finally:
+        invariant_blocks -= 1
 
 
 @contextmanager
@@ -115,7 +146,9 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     if request == "reference":
         return Choice("reference", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
     obstacle = _obstacle(device, dtype, adapter_dtype)
-    if request not in ("auto", "reference") and obstacle is not None:
+    if request == BATCH_INVARIANT:
+        request = "auto"
+    if request != "auto" and obstacle is not None:
         raise RuntimeError(f"The backend is forced to {request}, but {obstacle}; expected a case the kernels take.")
     if request == "auto" and obstacle is None and device.type == "cpu":
         return Choice("reference", "x is on the CPU, where the kernels run only in Triton's interpreter and on request")
@@ -145,6 +178,39 @@ def choose_linear(
     if dtype == torch.float32:
         return _WIDE
     return _ODD if any(size % 16 != 0 for size in features) else choice
+
+
+def choose_forward(
+    request: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    *,
+    decodes: bool,
+) -> Choice:
+    """The path of a linear layer's forward; decodes: whether nothing is dropped and no gradient wanted.
+
+    As measured in benchmarks/NOTES.md.
+    """
+    if request == BATCH_INVARIANT:
+        return _INVARIANT
+    choice = choose_linear(request, device, dtype, adapter_dtype, rows, in_features, out_features)
+    if not decodes or choice.path == "reference":
+        return choice
+    if request == "decode":
+        return Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
+    if request != "auto" or dtype.itemsize != 2 or in_features % 16 != 0 or out_features % 16 != 0:
+        return choice
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return _DECODED if rows <= _DECODED_ELSEWHERE else choice
+    most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
+    if rows <= _FEW_DECODED or _FEWEST_DECODED_OUTPUTS <= out_features <= most:
+        return _DECODED
+    few = out_features < _FEWEST_DECODED_OUTPUTS and rows < _FEWEST_ROWS_OF_FEW_OUTPUTS
+    return _FEW_TILES if few else choice
 
 
 @lru_cache(maxsize=64)
@@ -192,7 +258,11 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
     adapter_dtype = lora_A.dtype if cast is None or lora_A.dtype == torch.float32 else cast
     rows = x.numel() // max(1, layer.in_features)
     features = layer.in_features, layer.out_features
-    return choose_linear(requested_backend(), x.device, cast or x.dtype, adapter_dtype, rows, *features)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters()))
+    drops = layer.training and getattr(layer.lora_dropout, "p", 0.0) > 0
+    decodes = not wants_gradient and not drops
+    dtypes = cast or x.dtype, adapter_dtype
+    return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, decodes=decodes)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import embedding_op, linear_op, weight_op
-from .dispatch import autocast_dtype, requested_backend
+from .dispatch import BATCH_INVARIANT, autocast_dtype, requested_backend
 
 # A mask's counter holds column // 8 in 32 bits.
 _MOST_COLUMNS = 2**35
@@ -56,7 +56,8 @@ def lora_linear(
     if fan_in_fan_out and weight.dim() == 2:
         weight = weight.T
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, enable_lora)
-    if lora_A.shape[0] == 0:
+    backend = requested_backend()
+    if lora_A.shape[0] == 0 and backend != BATCH_INVARIANT:
         return F.linear(x, weight, bias)
     if not training:
         dropout_p = 0.0
@@ -76,9 +77,15 @@ def lora_linear(
         float(dropout_p),
         row_offset,
         column_offset,
-        requested_backend(),
+        backend,
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear as `lora_linear` computes it within batch_invariant(); shapes and errors are those."""
+    lora_A, lora_B = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
+    return lora_linear(x, weight, lora_A, lora_B, bias=bias)
 
 
 def lora_embedding(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import dispatch
 from .base import dropout_in_force
-from .functional import effective_weight, lora_linear
+from .functional import effective_weight, invariant_linear, lora_linear
 from .merge import MergingLayer
 
 
@@ -65,7 +66,8 @@ class _SlicedLinear(MergingLayer, nn.Linear):
         """x: (..., in_features) to (..., out_features), in x's dtype; see `functional.lora_linear` for the errors."""
         if self.merged or not self._has_adapter:
             self._check_merged()
-            return F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+            linear = invariant_linear if dispatch.invariant_blocks else F.linear
+            return linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         dropout_p = dropout_in_force(self.lora_dropout)
         return lora_linear(
             x,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import autocast_dtype, choose_linear
+from .dispatch import BATCH_INVARIANT, autocast_dtype, choose_forward, choose_linear
 from .ops import direct, lib, make_differentiable, module_of, register, without_autocast
 from .reference import Dropout, dropout_threshold
 
@@ -28,7 +28,8 @@ _BACKWARD_ARGUMENTS = (
 )
 
 
-def _forward(
+def _compute(
+    inference: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -45,15 +46,20 @@ def _forward(
     """y, its panel xa, and the mask's bits; no bits without dropout."""
     threshold = dropout_threshold(dropout_p)
     dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold, row_offset, column_offset)
-    choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, len(x), *weight.shape)
+    (N, K), dtypes = weight.shape, (x.dtype, lora_A.dtype)
+    choice = choose_forward(backend, x.device, *dtypes, len(x), K, N, decodes=inference and dropout is None)
     y, xa, bits = module_of("forward", choice).forward(
         x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora
     )
     return y, xa, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
-def _inference(x: Tensor, *arguments: Any) -> Tensor:
-    return _forward(x, *arguments)[0]
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _compute(False, *arguments)
+
+
+def _inference(*arguments: Any) -> Tensor:
+    return _compute(True, *arguments)[0]
 
 
 def _gradients(
@@ -73,6 +79,9 @@ def _gradients(
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
     if bits is not None:
         scaling /= 1 - dropout_threshold(dropout_p) / 65536
+    if backend == BATCH_INVARIANT:
+        # No path's gradients are; this one takes a rank of 0 too.
+        backend = "reference"
     features = [matrix.shape[1] for matrix in (dy, x, weight) if matrix is not None]
     choice = choose_linear(backend, dy.device, dy.dtype, dtype, len(dy), *features)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
@@ -202,7 +211,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         enable_lora, seed, scaling, *_, backend = rest
         if seed is None and len(enable_lora) == 1 and lora_A.dtype == x.dtype:
-            choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, len(x), *weight.shape)
+            (N, K), dtypes = weight.shape, (x.dtype, lora_A.dtype)
+            choice = choose_forward(backend, x.device, *dtypes, len(x), K, N, decodes=False)
             if choice.path == "unfused":
                 return module_of("forward", choice).differentiable(*tensors, scaling)  # type: ignore[no-any-return]
         return _LoRALinear.apply(*tensors, *rest)  # type: ignore[no-any-return]

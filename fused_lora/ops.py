@@ -21,12 +21,18 @@ from torch import Tensor, nn
 from .dispatch import Choice, autocast_dtype, count
 
 lib = torch.library.Library("fused_lora", "DEF")
-_MODULES = {"reference": ".reference", "triton": ".fused", "unfused": ".unfused"}
+_MODULES = {
+    "reference": ".reference",
+    "triton": ".fused",
+    "unfused": ".unfused",
+    "decode": ".decoding",
+    "batch_invariant": ".invariant",
+}
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def module_of(op: str, choice: Choice) -> ModuleType:
-    """The module of a path; they have the same functions. Triton is imported when it is first needed."""
+    """The module of a path, each with the same functions, as far as it has them; the first use imports Triton."""
     count(op, choice.path)
     return _module(choice.path)
 

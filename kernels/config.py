@@ -61,22 +61,6 @@ class UpdateTile:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class DecodeTile:
-    """decode.py: a tile of the output and its step over K, in how many parts K is split; the same for the panel."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    parts: int
-    panel_k: int
-    splits: int = 1
-    descriptors: bool = False
-    panel_rows: int = 16
-
-
 # A rank is padded to a power of two from 16, the least that a matrix instruction contracts over, and cut into pieces
 # of at most the last. Panels and adapter gradients have a tile for each.
 RANK_BLOCKS = (16, 32, 64, 128)
@@ -185,7 +169,7 @@ def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bo
         return FLOAT32
     if not aligned or any(size % 16 for size in sizes):
         return IRREGULAR
-    return _architecture(device)
+    return TABLES.get(capability(device), SAFE)
 
 
 @lru_cache(maxsize=64)
@@ -197,9 +181,10 @@ def processors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
-def _architecture(device: torch.device) -> Tiles:
+def capability(device: torch.device) -> int:
+    """Of a GPU, for instance 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
-    return TABLES.get(10 * major + minor, SAFE)
+    return 10 * major + minor
 
 
 def rank_block(r: int) -> int:

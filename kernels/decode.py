@@ -23,11 +23,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import DecodeTile, rank_block
+from .config import rank_block
+from .decode_tiles import DecodeTile
 from .flags import flags_for
-from .launch import cdiv, input_precision, stated_work
+from .fused_linear import describable
+from .launch import cdiv, input_precision, launch, stated_work, strides
 
+# Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
 RANK_STEP = 64
+WIDE_RANK_STEP = 32
+WIDE = 128 * 64
+GROUP_M = 32
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +92,26 @@ def _produce(
 
 
 @triton.jit
+def _factor(
+    lora_B_ptr, stride_bn, stride_br,
+    step, first, last, columns,
+    N, R,
+    WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+):  # fmt: skip
+    """The piece of lora_B that a step multiplies by, its columns in the panel, and which of these exist."""
+    e = first + step // RANK_STEPS
+    inside = columns - enabled_slice(e, SLICES, ENABLED).to(tl.int64) * WIDTH
+    in_slice = (inside >= 0) & (inside < WIDTH) & (columns < N)
+    ranks = step % RANK_STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_ranks = ranks < tl.where(e < last, R, 0)
+    B_ptrs = lora_B_ptr + (inside + e.to(tl.int64) * WIDTH)[None, :] * stride_bn
+    B_ptrs += ranks[:, None].to(tl.int64) * stride_br
+    factor = tl.load(B_ptrs, mask=in_ranks[:, None] & in_slice[None, :], other=0.0)
+    return factor, e * R + ranks, in_ranks
+
+
+@triton.jit
 def _finish(
     acc,
     lora_B_ptr, stride_bn, stride_br,
@@ -101,25 +127,32 @@ def _finish(
     in_rows = (rows < M)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
-    first, last = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
-    for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
-        e = first + step // RANK_STEPS
-        slice = enabled_slice(e, SLICES, ENABLED)
-        ranks = step % RANK_STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
-        in_ranks = ranks < tl.where(e < last, R, 0)
-        in_slice = (columns >= slice * WIDTH) & (columns < (slice + 1) * WIDTH)
-        B_ptrs = lora_B_ptr + (columns + (e - slice).to(tl.int64) * WIDTH)[None, :] * stride_bn
-        B_ptrs += ranks[:, None].to(tl.int64) * stride_br
-        factor = tl.load(B_ptrs, mask=in_ranks[:, None] & (in_slice & (columns < N))[None, :], other=0.0)
-        if step == 0:
+    if RANK_STEPS > 0:
+        last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
+        first, last = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
+        # The first piece is read while the panel may not be ready yet.
+        factor, ranks, in_ranks = _factor(
+            lora_B_ptr, stride_bn, stride_br, 0, first, last, columns,
+            N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
+        )  # fmt: skip
+        ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
+        while ready < panel_tiles:
             ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
-            while ready < panel_tiles:
-                ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
-            tl.debug_barrier()
-        panel_ptrs = panel_ptr + rows[:, None] * RANKS + (e * R + ranks)[None, :]
-        panel = tl.load(panel_ptrs, mask=in_rows & in_ranks[None, :], other=0.0, cache_modifier=".cg")
+        tl.debug_barrier()
+        panel_row_ptrs = panel_ptr + rows[:, None] * RANKS
+        panel = tl.load(
+            panel_row_ptrs + ranks[None, :], mask=in_rows & in_ranks[None, :], other=0.0, cache_modifier=".cg"
+        )
         acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+        for step in tl.range(1, SLICE_STEPS * RANK_STEPS, num_stages=1):
+            factor, ranks, in_ranks = _factor(
+                lora_B_ptr, stride_bn, stride_br, step, first, last, columns,
+                N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
+            )  # fmt: skip
+            panel = tl.load(
+                panel_row_ptrs + ranks[None, :], mask=in_rows & in_ranks[None, :], other=0.0, cache_modifier=".cg"
+            )  # fmt: skip
+            acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & (columns < N)[None, :])
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == finishers - 1:
@@ -144,14 +177,14 @@ def _decode_kernel(
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
     PARTS: tl.constexpr, PANEL_ROWS: tl.constexpr, PANEL_K: tl.constexpr, PANEL_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
     panel_tiles = tl.cdiv(M, PANEL_ROWS)
-    producers = panel_tiles * PARTS
+    producers = panel_tiles * PARTS if RANK_STEPS > 0 else 0
     program = tl.program_id(0)
     if program < producers:
         _produce(
@@ -167,8 +200,10 @@ def _decode_kernel(
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
         tile = (program - producers) // SPLITS
         split = (program - producers) % SPLITS
-        rows = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tile_n = tile // tiles_m
+        group, place = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
+        group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        tile_m, tile_n = group * GROUP_M + place % group_size, place // group_size
+        rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_rows, in_columns = (rows < M)[:, None], (columns < N)[None, :]
         steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
@@ -182,7 +217,7 @@ def _decode_kernel(
         for start in range(first, last, BLOCK_K):
             in_x, in_weight = in_rows, in_columns
             if weight_descriptor is not None:
-                x = x_descriptor.load([tile % tiles_m * BLOCK_M, start])
+                x = x_descriptor.load([tile_m * BLOCK_M, start])
                 weight = weight_descriptor.load([tile_n * BLOCK_N, start]).T
             else:
                 if not EVEN_K:
@@ -223,6 +258,15 @@ def _decode_kernel(
             )  # fmt: skip
 
 
+def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor) -> int:
+    """The panel's step over K: the tile's, or less if wide factors would take more shared memory than the output."""
+    panel_k, element = tile.panel_k, x.element_size()
+    of_output = (tile.block_m + tile.block_n) * tile.block_k * element
+    while panel_k > 16 and (tile.panel_rows * element + ranks * lora_A.element_size()) * panel_k > of_output:
+        panel_k //= 2
+    return panel_k
+
+
 def decode(
     x: Tensor,
     weight: Tensor,
@@ -232,11 +276,10 @@ def decode(
     scale: float,
     tile: DecodeTile,
     enable_lora: Sequence[bool] = (True,),
-    dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
 
-    lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N].
+    lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no term, and no panel.
     """
     (M, K), N, (RANKS, R) = x.shape, len(weight), (len(lora_A), lora_B.shape[1])
     out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS))
@@ -244,35 +287,49 @@ def decode(
         return out, panel
     width = N // len(enable_lora)
     touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
-    panel_tiles, block_r = cdiv(M, tile.panel_rows), min(rank_block(R), RANK_STEP)
+    panel_tiles, panel_r = cdiv(M, tile.panel_rows), min(rank_block(RANKS), RANK_STEP)
+    block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
+    panel_k = _panel_k(tile, panel_r, x, lora_A)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     splits = None
     if tile.splits > 1:
         splits = x.new_empty(tiles * tile.splits * tile.block_m * tile.block_n, dtype=torch.float32)
-    descriptors: tuple[TensorDescriptor | None, ...] = None, None
-    if tile.descriptors:
-        descriptors = (
-            TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-            TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        )
-    _decode_kernel[(panel_tiles * tile.parts + tiles * tile.splits,)](
-        x, *x.stride(),
-        weight, *weight.stride(),
-        *descriptors,
-        lora_A, *lora_A.stride(),
-        lora_B, *lora_B.stride(),
-        bias, 0 if bias is None else bias.stride(0),
-        out, N,
-        x.new_empty((tile.parts, M, RANKS), dtype=torch.float32), panel,
-        splits, flags_for(x, 2 + panel_tiles + (tiles if tile.splits > 1 else 0)),
-        scale=scale,
-        M=M, N=N, K=K, R=R, RANKS=RANKS,
-        WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
-        PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=tile.panel_k, PANEL_R=min(rank_block(RANKS), RANK_STEP),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
-        BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r),
-        EVEN_K=K % max(tile.block_k, tile.panel_k) == 0, EVEN_N=N % tile.block_n == 0,
-        PRECISION=input_precision(x.dtype), DEPENDENT=dependent, launch_pdl=dependent,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    described: dict[str, Any] = {"x_descriptor": None, "weight_descriptor": None}
+    if tile.descriptors and describable(x) and describable(weight):
+        described["x_descriptor"] = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
+        described["weight_descriptor"] = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+    precision = input_precision(x.dtype)
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return ((panel_tiles * tile.parts if R > 0 else 0) + tiles * tile.splits,), dict(
+            **strides("xm xk", x),
+            **strides("wn wk", weight),
+            **strides("ar ak", lora_A),
+            **strides("bn br", lora_B),
+            **strides("bias", bias),
+            stride_om=N,
+            scale=scale,
+            M=M, N=N, K=K, R=R, RANKS=RANKS,
+            WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
+            PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=panel_k, PANEL_R=panel_r,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
+            BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
+            EVEN_K=K % max(tile.block_k, panel_k) == 0, EVEN_N=N % tile.block_n == 0,
+            PRECISION=precision, DEPENDENT=tile.dependent, launch_pdl=tile.dependent,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    tensors = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "lora_A_ptr": lora_A,
+        "lora_B_ptr": lora_B,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "parts_ptr": x.new_empty((tile.parts, M, RANKS), dtype=torch.float32),
+        "panel_ptr": panel,
+        "splits_ptr": splits,
+        "flags_ptr": flags_for(x, 2 + panel_tiles + (tiles if tile.splits > 1 else 0)),
+    }
+    launch(_decode_kernel, tensors, (tile, precision, scale, *enable_lora), arguments, described)
     return out, panel

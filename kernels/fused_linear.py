@@ -253,7 +253,7 @@ def _fused_linear_kernel(
         )  # fmt: skip
 
 
-def _describable(matrix: Tensor) -> bool:
+def describable(matrix: Tensor) -> bool:
     """Whether the GPU's copy engine takes it: rows of contiguous elements, all of them at multiples of 16 bytes."""
     row = matrix.stride(0)
     return (
@@ -283,9 +283,9 @@ def _fused_linear(
     touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
-    descriptors = tile.descriptors and I > 0 and _describable(left) and _describable(rows_of_right)
+    descriptors = tile.descriptors and I > 0 and describable(left) and describable(rows_of_right)
     rank_steps = cdiv(R, block_r)
-    stored = descriptors and _describable(out)
+    stored = descriptors and describable(out)
     # More steps beside the main loop leave no registers for a loop around it, and on sm_100 no matrix instructions.
     persistent = stored and touched * rank_steps == 1
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
-from fused_lora import fused, unfused
-from fused_lora.kernels import adapter_grad, config, fused_linear, launch, low_rank_update, mask, panel
+from fused_lora import decoding, fused, unfused
+from fused_lora.kernels import adapter_grad, config, decode_tiles, fused_linear, launch, low_rank_update, mask, panel
 from fused_lora.reference import Dropout
 
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
@@ -61,6 +61,7 @@ class Case:
     enable_lora: tuple[bool, ...] = (True,)
 
 
+WIDTHS = (1024, 4096, 14336)
 CASES = [
     Case("bfloat16", "bfloat16", 16),
     Case("bfloat16", "float32", 16, dropout=True),
@@ -79,10 +80,32 @@ CASES = [
 ]
 
 
+# A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
+DECODED = [
+    *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (1, 32, 64, 128, 256, 512, 2048) for n in WIDTHS),
+    Case("float16", "float32", 64, shape=(16, 4096, 4096)),
+    *(Case("bfloat16", "float32", 256, shape=(m, 4096, 4096)) for m in (32, 64, 128, 256, 512, 2048)),
+    Case("bfloat16", "bfloat16", 0, shape=(16, 4096, 4096)),
+    Case("bfloat16", "bfloat16", 16, shape=(16, 4096, 12288), enable_lora=(True, False, True)),
+    Case("bfloat16", "bfloat16", 16, shape=(16, 1600, 4800), enable_lora=(True, True, True), fan_in_fan_out=True),
+    Case("bfloat16", "bfloat16", 16, shape=(37, 53, 41)),
+    Case("float32", "float32", 16, shape=(16, 4096, 4096)),
+    Case("float32", "float32", 100, shape=(37, 53, 41)),
+]
+
+
 def as_on_a_gpu(capability: int, device: torch.device, *arguments: Any, **options: Any) -> config.Tiles:
     """config.tiles_for, for tensors that lie on the CPU here and on a GPU in earnest."""
-    config._architecture = lambda device: config.TABLES.get(capability, config.SAFE)
+    config.capability = lambda device: capability
     return config.tiles_for(torch.device("cuda", 0), *arguments, **options)
+
+
+def decode_tile_as_on_a_gpu(
+    capability: int, device: torch.device, *arguments: Any, **options: Any
+) -> decode_tiles.DecodeTile:
+    decode_tiles.capability = lambda device: capability
+    decode_tiles.processors = lambda device: 132
+    return decode_tiles.decode_tile(torch.device("cuda", 0), *arguments, **options)
 
 
 def assembler_report(ptx: str, capability: int) -> dict[str, Any]:
@@ -98,16 +121,26 @@ def assembler_report(ptx: str, capability: int) -> dict[str, Any]:
     return {"spilled_bytes": sum(map(int, found)), "serialised": "serialized" in log}
 
 
-def compile_case(case: Case) -> None:
+def tensors_of(case: Case) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias, lora_A, lora_B."""
     dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
     m, k, n = case.shape
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
-    x, dy = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    x = torch.empty(m, k, dtype=dtype)
     weight = torch.empty(k, n, dtype=dtype).T if case.fan_in_fan_out else torch.empty(n, k, dtype=dtype)
     bias = torch.empty(n, dtype=dtype)
     enabled, rows = sum(case.enable_lora), n // len(case.enable_lora) * sum(case.enable_lora)
     lora_A = torch.empty(enabled * case.r, k, dtype=adapter_dtype)
-    lora_B = torch.empty(rows, case.r, dtype=adapter_dtype)
+    return x, weight, bias, lora_A, torch.empty(rows, case.r, dtype=adapter_dtype)
+
+
+def compile_decode(case: Case) -> None:
+    decoding.forward(*tensors_of(case), scaling=2.0, enable_lora=case.enable_lora)
+
+
+def compile_case(case: Case) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    x, weight, bias, lora_A, lora_B = tensors_of(case)
+    dy, adapter_dtype = x.new_empty(len(x), len(weight)), lora_A.dtype
     seed = torch.zeros(1, dtype=torch.int64)
     dropout = Dropout(seed, 6554, column_offset=case.column_offset) if case.dropout else None
     slices = {"scaling": 2.0, "enable_lora": case.enable_lora}
@@ -121,7 +154,7 @@ def compile_case(case: Case) -> None:
         mask.drop_again(x, bits)
     if case.enable_lora == (True,):
         fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)
-        tokens = torch.zeros(m, dtype=torch.int64)
+        tokens = torch.zeros(len(x), dtype=torch.int64)
         fused.embedding(tokens, weight, lora_B.T.contiguous(), lora_A.T.contiguous(), scaling=2.0)
 
 
@@ -129,6 +162,7 @@ def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
     for module in (fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
+    decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
     # Nothing is to be launched again.
     launch.CompiledKernel = ()
     run, seen, current = JITFunction.run, set(), [CASES[0]]
@@ -156,6 +190,10 @@ def main(capability: int) -> None:
     for case in CASES:
         current[0] = case
         compile_case(case)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    for case in DECODED:
+        current[0] = case
+        compile_decode(case)
 
 
 if __name__ == "__main__":

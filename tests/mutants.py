@@ -41,6 +41,10 @@ ADAPTER_FILE = "fused_lora/adapter_file.py"
 FUNCTIONAL = "fused_lora/functional.py"
 UNFUSED = "fused_lora/unfused.py"
 MASKS = "kernels/mask.py"
+DECODE = "kernels/decode.py"
+DECODE_TILES = "kernels/decode_tiles.py"
+DISPATCH = "fused_lora/dispatch.py"
+INVARIANT = "fused_lora/invariant.py"
 
 TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
 TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
@@ -64,6 +68,8 @@ CONVOLUTIONS = ("tests/test_conv.py", "tests/test_conv_state.py", "-k", "dropout
 PLAIN = ("tests/test_conv_state.py", "-k", "plain_checkpoints")
 MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not thousand and not triton")
 ANEW = ("tests/test_merged_inference.py",)
+ONE_LAUNCH = ("tests/test_decode.py",)
+ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -389,6 +395,16 @@ MUTANTS = (
     Mutant("partial adapters excused", MERGE, "if has_base and not has_adapter:", "if has_base:", CHECKPOINTS),
     Mutant("scaling not recovered", ADAPTER_FILE, "layer.scaling = layer.lora_alpha / layer.r", "pass", CHECKPOINTS),
     Mutant("a convolution's bias forgotten", STATE, '[*owner, "conv", "bias"]', '[*owner, "conv", "b"]', CHECKPOINTS),
+    Mutant("a part of the panel left out", DECODE, "static_range(PARTS)", "static_range(PARTS - 1)", ONE_LAUNCH),
+    Mutant("a split left out", DECODE, "static_range(SPLITS)", "static_range(SPLITS - 1)", ONE_LAUNCH),
+    Mutant("another slice's lora_B", DECODE, "(inside + e.to(tl.int64) * WIDTH)", "inside", ONE_LAUNCH),
+    Mutant("flags not cleared", DECODE, "        tl.store(ready_ptr, 0)\n", "", ONE_LAUNCH),
+    Mutant("arrivals not cleared", DECODE, "        tl.store(arrived_ptr, 0)\n        tl", "        tl", ONE_LAUNCH),
+    Mutant("scale forgotten", DECODE, "(total * scale).to", "total.to", ONE_LAUNCH),
+    Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),
+    Mutant("no batch invariance", DISPATCH, "    if invariant_blocks:\n", "    if False:\n", ONE_LAUNCH_PATH),
+    Mutant("one launch kept from few rows", DISPATCH, "if rows <= _FEW_DECODED or", "if", ONE_LAUNCH_PATH),
+    Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 
 

@@ -9,13 +9,13 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 from numerics import assert_as_accurate_as
 
-from fused_lora.kernels.config import DecodeTile
 from fused_lora.kernels.decode import decode
+from fused_lora.kernels.decode_tiles import DecodeTile
 from fused_lora.kernels.flags import flags_for
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
-PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, parts=2, panel_k=32)
-SPLIT = DecodeTile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2, parts=3, panel_k=16, splits=4)
+PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, panel_rows=16, panel_k=32, parts=2)
+SPLIT = DecodeTile(16, 16, 16, num_warps=4, num_stages=2, panel_rows=16, panel_k=16, parts=3, splits=4)
 TILES = pytest.mark.parametrize("tile", [PLAIN, SPLIT], ids=["plain", "split"])
 
 # (rows, in_features, out_features, r): odd everywhere, several tiles of the panel, more parts than steps, r in steps

@@ -125,3 +125,48 @@ def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.M
         for backend in ("reference", "triton", "unfused"):
             assert dispatch.choose_linear(backend, gpu, dtype, dtype, rows, *features).path == backend
     dispatch.choose.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A Hopper that only the choice of a path asks about."""
+    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dispatch.choose.cache_clear()
+    yield torch.device("cuda", 0)
+    dispatch.choose.cache_clear()
+
+
+def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.device) -> None:
+    half, single = torch.bfloat16, torch.float32
+    cases = {
+        (half, 1, 4096, 4096): "decode",
+        (half, 512, 4096, 1024): "decode",
+        (half, 1024, 4096, 4096): "decode",
+        (half, 1024, 4096, 14336): "unfused",
+        (half, 2048, 4096, 14336): "decode",
+        (half, 2048, 4096, 1024): "unfused",
+        (half, 4096, 4096, 1024): "triton",
+        (half, 8192, 4096, 4096): "decode",
+        (half, 1, 4100, 4096): "unfused",
+        (half, 1, 4096, 4100): "unfused",
+        (single, 1, 4096, 4096): "unfused",
+    }
+    for (dtype, *sizes), path in cases.items():
+        choice = dispatch.choose_forward("auto", gpu, dtype, dtype, *sizes, decodes=True)
+        assert choice.path == path and choice.reason, (dtype, sizes)
+        kept = dispatch.choose_forward("auto", gpu, dtype, dtype, *sizes, decodes=False)
+        assert kept == dispatch.choose_linear("auto", gpu, dtype, dtype, *sizes)
+        # A request stands; what the single launch cannot give is the other kernels'.
+        for backend in ("reference", "triton", "unfused", "decode"):
+            assert dispatch.choose_forward(backend, gpu, dtype, dtype, *sizes, decodes=True).path == backend
+        assert dispatch.choose_forward("decode", gpu, dtype, dtype, *sizes, decodes=False).path == "triton"
+
+
+def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    for rows, path in ((64, "decode"), (65, "unfused"), (8192, "triton")):
+        half = torch.float16
+        assert dispatch.choose_forward("auto", gpu, half, half, rows, 4096, 4096, decodes=True).path == path

@@ -240,8 +240,8 @@ def test_tables_are_complete_frozen_and_safe_for_an_unknown_gpu(monkeypatch: pyt
         with pytest.raises(TypeError):
             table.panel[16] = table.panel[32]  # type: ignore[index]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 77))
-    assert config._architecture(torch.device("cuda", 63)) is config.SAFE
-    config._architecture.cache_clear()
+    assert config.TABLES.get(config.capability(torch.device("cuda", 63)), config.SAFE) is config.SAFE
+    config.capability.cache_clear()
 
 
 @pytest.mark.parametrize(("r", "block"), [(1, 16), (16, 16), (17, 32), (128, 128), (129, 128), (1000, 128)])

@@ -1,0 +1,33 @@
+"""The same forward as reference.py where nothing is dropped, in one launch for everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .fused import on
+from .kernels.decode import decode
+from .kernels.decode_tiles import decode_tile
+from .reference import Dropout
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+    enable_lora: Sequence[bool] = (True,),
+    tiles_for_rows: int | None = None,
+) -> tuple[Tensor, Tensor, None]:
+    """y [M, N] and its panel xa [M, R], both in x.dtype; tiles_for_rows: of how many rows the tiles are, None is M."""
+    assert dropout is None, "the decode kernel draws no masks"
+    rows = len(x) if tiles_for_rows is None else tiles_for_rows
+    with on(x):
+        tile = decode_tile(x.device, x.dtype, rows, x.shape[1], len(weight))
+        y, xa = decode(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora)
+    return y, xa, None

@@ -1,0 +1,137 @@
+"""Tiles of the decode kernel: a frozen table for each architecture, and the choice from it.
+
+The tiles for up to so many rows stand from narrow to wide. That one is taken with which the programs of all tiles run
+at once, beside those that compute the panel; if there is room left, K is split. The last ones serve more rows too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+
+import torch
+
+from .config import capability, processors
+from .launch import cdiv
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """A tile of the output and its step over K, in how many splits K is cut; rows, step and parts of K of the panel's.
+
+    descriptors: whether the copy engine loads x and weight, where it can. dependent: whether a launch may begin before
+    the one before it has ended, for which it waits itself.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    panel_rows: int
+    panel_k: int
+    parts: int
+    splits: int = 1
+    descriptors: bool = False
+    dependent: bool = False
+
+
+Tiles = MappingProxyType[int, tuple[DecodeTile, ...]]
+
+INTERPRETER = DecodeTile(16, 32, 16, 4, 1, panel_rows=16, panel_k=16, parts=2, splits=2)
+FLOAT32 = DecodeTile(16, 32, 32, 8, 2, panel_rows=16, panel_k=32, parts=4)
+IRREGULAR = DecodeTile(16, 32, 32, 4, 2, panel_rows=16, panel_k=32, parts=4)
+
+
+def _by_rows(**tiles: tuple[DecodeTile, ...]) -> Tiles:
+    return MappingProxyType({int(name.removeprefix("up_to_")): of for name, of in tiles.items()})
+
+
+SAFE = _by_rows(
+    up_to_16=(
+        DecodeTile(16, 32, 128, 4, 4, panel_rows=16, panel_k=128, parts=4, splits=4),
+        DecodeTile(16, 64, 128, 4, 4, panel_rows=16, panel_k=128, parts=4),
+    ),
+    up_to_64=(
+        DecodeTile(64, 32, 64, 4, 4, panel_rows=64, panel_k=64, parts=4, splits=4),
+        DecodeTile(64, 64, 64, 4, 4, panel_rows=64, panel_k=64, parts=4),
+    ),
+)
+
+AMPERE = _by_rows(
+    up_to_16=(
+        DecodeTile(16, 32, 256, 4, 4, panel_rows=16, panel_k=128, parts=4, splits=4),
+        DecodeTile(16, 128, 128, 4, 4, panel_rows=16, panel_k=128, parts=4),
+    ),
+    up_to_64=(
+        DecodeTile(64, 32, 128, 4, 4, panel_rows=64, panel_k=64, parts=4, splits=4),
+        DecodeTile(64, 128, 64, 4, 4, panel_rows=64, panel_k=64, parts=4),
+    ),
+)
+
+HOPPER = _by_rows(
+    up_to_16=(
+        DecodeTile(16, 32, 256, 4, 5, panel_rows=16, panel_k=128, parts=4, splits=4, dependent=True),
+        DecodeTile(16, 128, 128, 4, 4, panel_rows=16, panel_k=128, parts=4, dependent=True),
+    ),
+    up_to_32=(
+        DecodeTile(32, 32, 256, 4, 4, 32, 128, parts=4, splits=4, descriptors=True, dependent=True),
+        DecodeTile(32, 128, 64, 4, 6, 32, 128, parts=4, descriptors=True, dependent=True),
+    ),
+    up_to_64=(
+        DecodeTile(64, 32, 128, 4, 7, 64, 64, parts=4, splits=4, descriptors=True, dependent=True),
+        DecodeTile(64, 128, 64, 4, 5, 64, 64, parts=4, descriptors=True, dependent=True),
+    ),
+    up_to_128=(
+        DecodeTile(64, 64, 128, 4, 6, 64, 128, parts=2, splits=4, descriptors=True),
+        DecodeTile(128, 128, 64, 4, 6, 64, 128, parts=4, descriptors=True, dependent=True),
+    ),
+    up_to_256=(
+        DecodeTile(64, 64, 128, 4, 6, 64, 128, parts=4, descriptors=True),
+        DecodeTile(64, 128, 64, 4, 7, 64, 64, parts=1, descriptors=True),
+        DecodeTile(128, 256, 64, 8, 4, 64, 64, parts=4, descriptors=True, dependent=True),
+    ),
+    up_to_512=(
+        DecodeTile(128, 64, 64, 4, 8, 64, 64, parts=4, descriptors=True, dependent=True),
+        DecodeTile(128, 128, 64, 4, 6, 128, 64, parts=1, descriptors=True, dependent=True),
+        DecodeTile(128, 256, 64, 8, 4, 64, 64, parts=4, descriptors=True, dependent=True),
+    ),
+    up_to_1024=(DecodeTile(128, 128, 64, 8, 3, 128, 64, parts=1, descriptors=True, dependent=True),),
+    up_to_2048=(DecodeTile(128, 256, 64, 8, 4, 256, 64, parts=1, descriptors=True, dependent=True),),
+)
+
+BLACKWELL = MappingProxyType({rows: tiles for rows, tiles in HOPPER.items() if rows <= 64})
+
+TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
+
+
+def decode_tile(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> DecodeTile:
+    """The tile for an input [rows, inputs] and an output [rows, outputs]."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if dtype.itemsize == 4:
+        return FLOAT32
+    if inputs % 16 != 0 or outputs % 16 != 0:
+        return IRREGULAR
+    return fitted(capability(device), processors(device), rows, outputs)
+
+
+@lru_cache(maxsize=1024)
+def fitted(capability: int, processors: int, rows: int, outputs: int) -> DecodeTile:
+    """Of 16-bit numbers and sizes that are multiples of 16, on a GPU with so many multiprocessors."""
+    table = TABLES.get(capability, SAFE)
+    tiles = table[min((most for most in table if most >= rows), default=max(table))]
+    at_once = (_at_once(tile, rows, outputs, processors) for tile in tiles)
+    return next((tile for tile in at_once if tile is not None), replace(tiles[-1], splits=1))
+
+
+def _at_once(tile: DecodeTile, rows: int, outputs: int, processors: int) -> DecodeTile | None:
+    """The same with as many of its splits and parts as leave a multiprocessor to every program; None if none do."""
+    tiles, panels = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n), cdiv(rows, tile.panel_rows)
+    if tiles + panels > processors:
+        return None
+    splits = tile.splits
+    while splits > 1 and tiles * splits + panels > processors:
+        splits //= 2
+    return replace(tile, splits=splits, parts=min(tile.parts, (processors - tiles * splits) // panels))

@@ -1,0 +1,49 @@
+"""Which tile the decode kernel gets: programs that run at once, and the same table for every number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+from fused_lora.kernels import decode_tiles
+from fused_lora.kernels.decode_tiles import FLOAT32, HOPPER, IRREGULAR, SAFE, TABLES, fitted
+from fused_lora.kernels.launch import cdiv
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("outputs", [1024, 4096])
+def test_small_outputs_run_at_once_beside_the_panel(rows: int, outputs: int) -> None:
+    for processors in (108, 128, 132, 148):
+        tile = fitted(90, processors, rows, outputs)
+        tiles = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n)
+        programs = tiles * tile.splits + cdiv(rows, tile.panel_rows) * tile.parts
+        assert tile.parts > 0
+        if tiles + cdiv(rows, tile.panel_rows) <= processors:
+            assert programs <= processors, (processors, tile)
+        else:
+            assert tile.splits == 1, (processors, tile)
+
+
+def test_what_room_there_is_goes_to_splits() -> None:
+    assert fitted(90, 132, 1, 4096).splits == 1
+    assert fitted(90, 132, 1, 1024).splits == 4
+    assert fitted(90, 132, 1, 32).splits == 4
+
+
+def test_wide_outputs_get_wide_tiles_and_many_rows_high_ones() -> None:
+    assert fitted(90, 132, 1, 4096).block_n < fitted(90, 132, 1, 14336).block_n
+    heights = [fitted(90, 132, rows, 4096).block_m for rows in (1, 32, 64, 100_000)]
+    assert heights == sorted(set(heights))
+
+
+def test_a_gpu_without_a_table_gets_the_safe_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 89 not in TABLES and fitted(89, 132, 1, 14336) in {tile for tiles in SAFE.values() for tile in tiles}
+    monkeypatch.setattr(decode_tiles, "capability", lambda device: 90)
+    monkeypatch.setattr(decode_tiles, "processors", lambda device: 132)
+    gpu = torch.device("cuda", 0)
+    assert decode_tiles.decode_tile(gpu, torch.float16, 2048, 4096, 4096) == HOPPER[2048][0]
+    assert decode_tiles.decode_tile(gpu, torch.float16, 1, 4100, 4096) is IRREGULAR
+    assert decode_tiles.decode_tile(gpu, torch.float16, 1, 4096, 4100) is IRREGULAR
+    assert decode_tiles.decode_tile(gpu, torch.float32, 1, 4096, 4096) is FLOAT32
