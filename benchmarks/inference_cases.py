@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_lora
@@ -22,6 +22,9 @@ from benchmarks.peers import Layer, fused_module
 
 MERGED, EAGER, ADDMM, COMPILED, FUSED = "merged", "eager", "base + addmm_", "torch.compile", "fused"
 UNFUSED = (EAGER, ADDMM, COMPILED)
+# Ours again, and up to how many tokens it is asked for.
+INVARIANT = "batch-invariant"
+MOST_INVARIANT_TOKENS = 64
 DTYPE = torch.bfloat16
 SCALING = 2.0
 # A cycle of copies is to be larger than the cache by this factor, within a limit on memory. Lookups of few tokens would
@@ -79,6 +82,12 @@ def sliced_addmm(x: Tensor, weight: Tensor, lora_A: Tensor, terms: list[tuple[sl
     return y
 
 
+def invariantly(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's output within batch_invariant()."""
+    with fused_lora.batch_invariant():
+        return layer(x)  # type: ignore[no-any-return]
+
+
 def terms_of(layer: Layer) -> list[tuple[slice, slice, Tensor]]:
     """What `sliced_addmm` needs of a layer."""
     width, r = len(layer.weight) // len(layer.enable_lora), layer.r
@@ -123,6 +132,8 @@ class Linears:
             terms = [terms_of(layer) for layer in self.layers]
             calls[ADDMM] = [partial(sliced_addmm, *three, of) for three, of in zip(tensors, terms, strict=True)]
         calls[FUSED] = [partial(module, x) for module in self.modules]
+        if tokens <= MOST_INVARIANT_TOKENS:
+            calls[INVARIANT] = [partial(invariantly, module, x) for module in self.modules]
         same = replace(first, x=x)
         return Case(
             calls,

@@ -19,7 +19,7 @@ pytest.importorskip("loralib", reason="loralib is not installed, and every bench
 import fused_lora
 from benchmarks import inference, inference_cases
 from benchmarks.inference import AS_CALLED, GRAPHS
-from benchmarks.inference_cases import ADDMM, COMPILED, EAGER, FUSED, MERGED, Embeddings, Linears, copies
+from benchmarks.inference_cases import ADDMM, COMPILED, EAGER, FUSED, INVARIANT, MERGED, Embeddings, Linears, copies
 from benchmarks.report import Results
 
 
@@ -50,7 +50,7 @@ def written(folder: Path, name: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def test_every_layer_is_measured_at_every_point(common: list[str], tmp_path: Path) -> None:
-    chosen = ["--tokens", "1", "40", "--ranks", "8", "64", "--compile-tokens", "40", "--shapes", "4096x4096", "14336x"]
+    chosen = ["--tokens", "1", "70", "--ranks", "8", "64", "--compile-tokens", "70", "--shapes", "4096x4096", "14336x"]
     inference.main([*common, *TINY, *chosen])
     records, text = written(tmp_path, "inference")
     keys = ("layer", "r", "tokens", "mode", "candidate")
@@ -59,16 +59,16 @@ def test_every_layer_is_measured_at_every_point(common: list[str], tmp_path: Pat
         (layer, r, tokens, mode, candidate)
         for layer in ("64→64", "224→64")
         for r in (8, 64)
-        for tokens in (1, 40)
+        for tokens in (1, 70)
         for mode in (GRAPHS, AS_CALLED)
-        for candidate in (MERGED, EAGER, ADDMM, FUSED, *([COMPILED] if tokens == 40 else []))
+        for candidate in (MERGED, EAGER, ADDMM, FUSED, COMPILED if tokens == 70 else INVARIANT)
     }
     expected |= {
         (layer, 16, tokens, mode, candidate)
         for layer in ("MergedLinear 64→3·64 (T,F,T)", "Embedding 2004x64")
-        for tokens in (1, 40)
+        for tokens in (1, 70)
         for mode in (GRAPHS, AS_CALLED)
-        for candidate in (MERGED, ADDMM, FUSED)
+        for candidate in (MERGED, ADDMM, FUSED, *([INVARIANT] if tokens == 1 and "Linear" in layer else []))
     }
     assert len(found) == len(set(found)) and set(found) == expected
     assert all(row["path"] for row in records if row["candidate"] == FUSED)
