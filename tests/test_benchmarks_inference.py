@@ -161,8 +161,9 @@ def test_the_copies_are_their_own_and_equal(cases: dict[str, inference_cases.Cas
     for name in ("Linear", "MergedLinear"):
         for candidate, calls in cases[name].calls.items():
             assert len(calls) >= inference_cases.FEWEST_COPIES
-            if candidate == FUSED:
-                tensors = [list(call.func.parameters()) for call in calls]
+            if candidate in (FUSED, INVARIANT):
+                layers = [call.func if candidate == FUSED else call.args[0] for call in calls]
+                tensors = [list(layer.parameters()) for layer in layers]
             else:
                 tensors = [[t for t in call.args[1:] if isinstance(t, torch.Tensor)] for call in calls]
             of_calls = [{t.data_ptr() for t in of_call} for of_call in tensors]
