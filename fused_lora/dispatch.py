@@ -114,7 +114,7 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     """
     if request == "reference":
         return Choice("reference", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
-    obstacle = obstacle_to(device, dtype, adapter_dtype)
+    obstacle = _obstacle(device, dtype, adapter_dtype)
     if request not in ("auto", "reference") and obstacle is not None:
         raise RuntimeError(f"The backend is forced to {request}, but {obstacle}; expected a case the kernels take.")
     if request == "auto" and obstacle is None and device.type == "cpu":
@@ -152,7 +152,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def obstacle_to(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here; None if they can."""
     if dtype not in _KERNEL_DTYPES or adapter_dtype not in (dtype, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {dtype} with {adapter_dtype} adapters"

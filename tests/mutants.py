@@ -41,6 +41,8 @@ ADAPTER_FILE = "fused_lora/adapter_file.py"
 FUNCTIONAL = "fused_lora/functional.py"
 UNFUSED = "fused_lora/unfused.py"
 MASKS = "kernels/mask.py"
+LOOKUP = "kernels/lookup.py"
+SEARCH = "fused_lora/tuning.py"
 
 TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
 TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
@@ -64,6 +66,8 @@ CONVOLUTIONS = ("tests/test_conv.py", "tests/test_conv_state.py", "-k", "dropout
 PLAIN = ("tests/test_conv_state.py", "-k", "plain_checkpoints")
 MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not thousand and not triton")
 ANEW = ("tests/test_merged_inference.py",)
+TABLES = ("tests/test_tiles.py",)
+TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -388,6 +392,11 @@ MUTANTS = (
     Mutant("every missing key excused", MERGE, "if key not in adapter]", "if False]", CHECKPOINTS),
     Mutant("partial adapters excused", MERGE, "if has_base and not has_adapter:", "if has_base:", CHECKPOINTS),
     Mutant("scaling not recovered", ADAPTER_FILE, "layer.scaling = layer.lora_alpha / layer.r", "pass", CHECKPOINTS),
+    Mutant("a shipped table ignored", LOOKUP, "if shipped.is_file() else", "if False else", TABLES),
+    Mutant("no table put back", LOOKUP, "_in_force = previous", "_in_force = None", TABLES),
+    Mutant("any gain counts", SEARCH, "LEAST_GAIN = 0.02", "LEAST_GAIN = 0.0", TRIALS),
+    Mutant("wrong tiles timed", SEARCH, "if not all(_error(*each) <= bound for", "if not all(True for", TRIALS),
+    Mutant("other bits each time", SEARCH, "if not all(map(torch.equal, once, again)):", "if False:", TRIALS),
     Mutant("a convolution's bias forgotten", STATE, '[*owner, "conv", "bias"]', '[*owner, "conv", "b"]', CHECKPOINTS),
 )
 
