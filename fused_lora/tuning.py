@@ -72,9 +72,9 @@ def tune(
     """The table that takes the least time for layers of these shapes, as far as a gain of 2 % can be told.
 
     shapes: (in_features, out_features) of the layers, multiples of 16. tokens: rows of their input. ranks: of their
-        adapters; tiles of other blocks of ranks stay. dtype: bfloat16 or float16. time: gives each tile's milliseconds,
-        of a function to call for each, the present tile's first; None replays CUDA graphs. on_trial: is given every
-        trial, in order.
+        adapters; tiles of other blocks of ranks stay. dtype: bfloat16 or float16. time: is given for each tile, the
+        present one first, a function that runs the kernel's work, and returns their milliseconds; None replays CUDA
+        graphs. on_trial: is given every trial, in order.
     The same times give the same table. Until it returns, all kernels of the process run with tiles on trial.
 
     Raises ValueError for other arguments, RuntimeError where the kernels cannot run, and what a kernel raises but for
