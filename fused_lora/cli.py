@@ -1,4 +1,4 @@
-"""The command line: `fused-lora demo | merge | convert | inspect`, also as `python -m fused_lora ...`."""
+"""The command line: `fused-lora demo | merge | convert | inspect | tune`, also as `python -m fused_lora ...`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .cli_files import add_file_commands
+from .cli_tune import add_tune_command
 
 _DEMO_PACKAGES = ("sklearn", "matplotlib", "rich")
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
     argv: the arguments without the program's name; None takes sys.argv's. Raises SystemExit(2) for wrong ones. A
-    command that fails for what its files hold prints one sentence on stderr and returns 2.
+    command that fails for what its files hold, or for want of a GPU, prints one sentence on stderr and returns 2.
     """
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(prog="fused-lora", description="LoRA layers as fused Triton kernels.")
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=_seed, default="0", help="fixes weights, data order and dropout")
     demo.set_defaults(run=lambda asked: _demo(torch.device(asked.device), asked.output_dir, asked.seed))
     add_file_commands(commands, devices)
+    add_tune_command(commands)
     arguments = parser.parse_args(argv)
     code: int = arguments.run(arguments)
     return code

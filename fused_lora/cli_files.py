@@ -39,7 +39,7 @@ def add_file_commands(commands: Any, devices: Sequence[str]) -> None:
     merge.add_argument("--strict", action="store_true", help="fail if a part of the adapter is not in the base")
     merge.add_argument("--dry-run", action="store_true", help="print the report, write nothing")
     _add_reading(merge)
-    merge.set_defaults(run=_failing_in_one_sentence(_merge))
+    merge.set_defaults(run=failing_in_one_sentence(_merge))
 
     convert = commands.add_parser("convert", help="write an adapter in another format")
     convert.add_argument("source", help="the adapter: a file, or PEFT's folder")
@@ -51,12 +51,12 @@ def add_file_commands(commands: Any, devices: Sequence[str]) -> None:
     )
     convert.add_argument("--base_model_path", help="the model whose names kohya's names with underscores stand for")
     _add_reading(convert)
-    convert.set_defaults(run=_failing_in_one_sentence(_convert))
+    convert.set_defaults(run=failing_in_one_sentence(_convert))
 
     inspect = commands.add_parser("inspect", help="show what an adapter has")
     inspect.add_argument("file", help="the adapter: a file, or PEFT's folder")
     _add_reading(inspect)
-    inspect.set_defaults(run=_failing_in_one_sentence(_inspect))
+    inspect.set_defaults(run=failing_in_one_sentence(_inspect))
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
@@ -66,7 +66,9 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _failing_in_one_sentence(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def failing_in_one_sentence(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, which for an OSError or a ValueError prints one sentence on stderr and returns 2."""
+
     def run(arguments: argparse.Namespace) -> int:
         try:
             return command(arguments)

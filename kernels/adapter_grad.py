@@ -19,8 +19,9 @@ from torch import Tensor
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import AdapterGradTile, rank_block, tiles_for
+from .config import AdapterGradTile, rank_block
 from .launch import cdiv, input_precision, launch, stated_work, strides
+from .lookup import tiles_for
 from .panel import panel as compute_panel
 from .reduce import reduce
 

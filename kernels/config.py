@@ -1,9 +1,9 @@
-"""Tile shapes in frozen tables, read at launch.
+"""Tile shapes in frozen tables, from which lookup.py chooses at launch.
 
-16-bit dtypes have a table for each architecture, chosen by the GPU's compute capability; a GPU that is in none of
-them gets `SAFE`, whose tiles fit every GPU since Ampere. Two tables serve every architecture: `FLOAT32`, and
-`IRREGULAR` for sizes that are no multiples of 16 and masks that do not start at a multiple of 8, whose addresses cost
-registers. `INTERPRETER` has tiles so small that tests on a CPU cross many of their edges.
+16-bit dtypes have a table for each architecture, chosen by the GPU's compute capability unless the GPU has one of its
+own; a GPU without either gets `SAFE`, whose tiles fit every GPU since Ampere. Two tables serve every architecture:
+`FLOAT32`, and `IRREGULAR` for sizes that are no multiples of 16 and masks that do not start at a multiple of 8, whose
+addresses cost registers. `INTERPRETER` has tiles so small that tests on a CPU cross many of their edges.
 """
 
 from __future__ import annotations
@@ -159,17 +159,6 @@ INTERPRETER = Tiles(
 )
 
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
-
-
-def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bool = True) -> Tiles:
-    """The table for a device, a dtype, the sizes that a kernel steps through, and a mask aligned to blocks of 8."""
-    if device.type == "cpu":
-        return INTERPRETER
-    if dtype.itemsize == 4:
-        return FLOAT32
-    if not aligned or any(size % 16 for size in sizes):
-        return IRREGULAR
-    return TABLES.get(capability(device), SAFE)
 
 
 @lru_cache(maxsize=64)

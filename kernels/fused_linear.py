@@ -25,8 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
 from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import processors, rank_block, tiles_for
+from .config import processors, rank_block
 from .launch import cdiv, input_precision, launch, stated_work, strides
+from .lookup import tiles_for
 
 GROUP_M = 8
 # More would not fit in registers beside the tile.

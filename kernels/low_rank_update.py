@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from .config import tiles_for
 from .launch import cdiv, launch, stated_work, strides
+from .lookup import tiles_for
 
 RANK_STEP = 16
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, draw_tile, in_bits
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import rank_block, tiles_for
+from .config import rank_block
 from .launch import (
     Dropout,
     cdiv,
@@ -28,6 +28,7 @@ from .launch import (
     stated_work,
     strides,
 )
+from .lookup import tiles_for
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,17 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from fused_lora import decoding, fused, unfused
-from fused_lora.kernels import adapter_grad, config, decode_tiles, fused_linear, launch, low_rank_update, mask, panel
+from fused_lora.kernels import (
+    adapter_grad,
+    config,
+    decode_tiles,
+    fused_linear,
+    launch,
+    lookup,
+    low_rank_update,
+    mask,
+    panel,
+)
 from fused_lora.reference import Dropout
 
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA")
@@ -95,9 +105,9 @@ DECODED = [
 
 
 def as_on_a_gpu(capability: int, device: torch.device, *arguments: Any, **options: Any) -> config.Tiles:
-    """config.tiles_for, for tensors that lie on the CPU here and on a GPU in earnest."""
-    config.capability = lambda device: capability
-    return config.tiles_for(torch.device("cuda", 0), *arguments, **options)
+    """lookup.tiles_for, for tensors that lie on the CPU here and on a GPU in earnest."""
+    lookup.table_of = lambda device: config.TABLES.get(capability, config.SAFE)
+    return lookup.tiles_for(torch.device("cuda", 0), *arguments, **options)
 
 
 def decode_tile_as_on_a_gpu(

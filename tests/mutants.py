@@ -45,6 +45,8 @@ DECODE = "kernels/decode.py"
 DECODE_TILES = "kernels/decode_tiles.py"
 DISPATCH = "fused_lora/dispatch.py"
 INVARIANT = "fused_lora/invariant.py"
+LOOKUP = "kernels/lookup.py"
+SEARCH = "fused_lora/tuning.py"
 
 TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
 TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
@@ -70,6 +72,8 @@ MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not t
 ANEW = ("tests/test_merged_inference.py",)
 ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
+TABLES = ("tests/test_tiles.py",)
+TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -394,6 +398,11 @@ MUTANTS = (
     Mutant("every missing key excused", MERGE, "if key not in adapter]", "if False]", CHECKPOINTS),
     Mutant("partial adapters excused", MERGE, "if has_base and not has_adapter:", "if has_base:", CHECKPOINTS),
     Mutant("scaling not recovered", ADAPTER_FILE, "layer.scaling = layer.lora_alpha / layer.r", "pass", CHECKPOINTS),
+    Mutant("a shipped table ignored", LOOKUP, "if shipped.is_file() else", "if False else", TABLES),
+    Mutant("no table put back", LOOKUP, "_in_force = previous", "_in_force = None", TABLES),
+    Mutant("any gain counts", SEARCH, "LEAST_GAIN = 0.02", "LEAST_GAIN = 0.0", TRIALS),
+    Mutant("wrong tiles timed", SEARCH, "if not all(_error(*each) <= bound for", "if not all(True for", TRIALS),
+    Mutant("other bits each time", SEARCH, "if not all(map(torch.equal, once, again)):", "if False:", TRIALS),
     Mutant("a convolution's bias forgotten", STATE, '[*owner, "conv", "bias"]', '[*owner, "conv", "b"]', CHECKPOINTS),
     Mutant("a part of the panel left out", DECODE, "static_range(PARTS)", "static_range(PARTS - 1)", ONE_LAUNCH),
     Mutant("a split left out", DECODE, "static_range(SPLITS)", "static_range(SPLITS - 1)", ONE_LAUNCH),

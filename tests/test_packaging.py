@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,10 @@ ARROWS = {
         *("state_merge", "summary", "warm"),
     },
     "__main__": {"cli"},
-    "cli": {"cli_files", "demo"},
+    "cli": {"cli_files", "cli_tune", "demo"},
+    "cli_tune": {"cli_files", "dispatch", "kernels", "tuning", "whole"},
+    "tuning": {"dispatch", "fused", "gpu_time", "kernels", "reference"},
+    "gpu_time": set(),
     "cli_files": {"adapter", "adapter_io", "formats", "merge_file", "state_merge"},
     "peft": {"dispatch", "functional"},
     "convert": {"base", "conv", "embedding", "linear", "merge"},
@@ -125,6 +129,24 @@ def test_every_package_is_listed_for_the_wheel() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "fused_lora").rglob("*.py")}
     assert found | {"fused_lora.kernels"} == set(listed)
+
+
+def test_kernels_and_the_tables_tuned_for_a_gpu_are_built(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setuptools, which builds the package, is not installed")
+    source, built = tmp_path / "source", tmp_path / "built"
+    for folder in ("fused_lora", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "kernels/tuned").mkdir(exist_ok=True)
+    (source / "kernels/tuned/a-gpu.json").touch()
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "build", "-b", str(built)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=source)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in source.glob("kernels/*.py")} == {
+        path.name for path in built.glob("lib/fused_lora/kernels/*.py")
+    }
+    assert (built / "lib/fused_lora/kernels/tuned/a-gpu.json").exists()
 
 
 def run(code: str, *flags: str) -> str:
