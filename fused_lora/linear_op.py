@@ -14,8 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import autocast_dtype, choose_linear
-from .ops import direct, lib, make_differentiable, module_of, register, without_autocast
+from .dispatch import autocasts, choose_linear
+from .ops import (
+    differentiates,
+    direct,
+    direct_apply,
+    lib,
+    make_differentiable,
+    module_of,
+    once_differentiable,
+    register,
+    without_autocast,
+)
 from .reference import Dropout, dropout_threshold
 
 _FORWARD_ARGUMENTS = (
@@ -28,7 +38,7 @@ _BACKWARD_ARGUMENTS = (
 )
 
 
-def _forward(
+def _compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -41,19 +51,26 @@ def _forward(
     row_offset: int,
     column_offset: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, its panel xa, and the mask's bits; no bits without dropout."""
-    threshold = dropout_threshold(dropout_p)
-    dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold, row_offset, column_offset)
-    choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, len(x), *weight.shape)
-    y, xa, bits = module_of("forward", choice).forward(
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, its panel xa, and the mask's bits where there is dropout."""
+    dropout = None
+    if seed is not None and (threshold := dropout_threshold(dropout_p)) > 0:
+        dropout = Dropout(seed, threshold, row_offset, column_offset)
+    choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, *x.shape, weight.shape[0])
+    computed: tuple[Tensor, Tensor, Tensor | None] = module_of("forward", choice).forward(
         x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora
     )
+    return computed
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As an op: bits that are not there are empty."""
+    y, xa, bits = _compute(x, *arguments)
     return y, xa, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
 def _inference(x: Tensor, *arguments: Any) -> Tensor:
-    return _forward(x, *arguments)[0]
+    return _compute(x, *arguments)[0]
 
 
 def _gradients(
@@ -73,8 +90,9 @@ def _gradients(
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
     if bits is not None:
         scaling /= 1 - dropout_threshold(dropout_p) / 65536
-    features = [matrix.shape[1] for matrix in (dy, x, weight) if matrix is not None]
-    choice = choose_linear(backend, dy.device, dy.dtype, dtype, len(dy), *features)
+    read = weight if x is None else x
+    features = () if read is None else read.shape[1:]
+    choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape, *features)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
         dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
     )
@@ -154,7 +172,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         wants_dx, wants_dw, _, wants_da, wants_db = ctx.needs_input_grad[:5]
         forward = (
-            _forward if direct(x, weight, bias, lora_A, lora_B, seed) else torch.ops.fused_lora.lora_linear_forward
+            _compute if direct(x, weight, bias, lora_A, lora_B, seed) else torch.ops.fused_lora.lora_linear_forward
         )
         y, xa, bits = forward(
             x, weight, bias, lora_A, lora_B, enable_lora, seed, scaling, dropout_p, row_offset, column_offset, backend
@@ -174,14 +192,14 @@ class _LoRALinear(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
         saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
-        with without_autocast(dy.device.type):
+        with without_autocast(dy):
             if wants_dx or wants_da or wants_db:
                 watched = not direct(dy, *saved)
                 backward = torch.ops.fused_lora.lora_linear_backward if watched else _gradients
@@ -197,15 +215,10 @@ class _LoRALinear(torch.autograd.Function):
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
     """The op of the same name, or what it would do, called directly; x is two-dimensional."""
     tensors = (x, weight, bias, lora_A, lora_B)
-    if not direct(*tensors) or autocast_dtype(x.device.type) is not None:
+    if not direct(*tensors) or autocasts(x):
         return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        enable_lora, seed, scaling, *_, backend = rest
-        if seed is None and len(enable_lora) == 1 and lora_A.dtype == x.dtype:
-            choice = choose_linear(backend, x.device, x.dtype, lora_A.dtype, len(x), *weight.shape)
-            if choice.path == "unfused":
-                return module_of("forward", choice).differentiable(*tensors, scaling)  # type: ignore[no-any-return]
-        return _LoRALinear.apply(*tensors, *rest)  # type: ignore[no-any-return]
+    if differentiates(*tensors):
+        return direct_apply(_LoRALinear)(*tensors, *rest)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)
 
 

@@ -104,10 +104,15 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
-def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """factor * left @ right, rounded once."""
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), without torch where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def product(left: Tensor, right: Tensor, factor: float, alike: Tensor | None = None) -> Tensor:
+    """factor * left @ right, rounded once; alike: any tensor of its shape and dtype, if there is one, saves time."""
     # With beta=0 the first argument is not read.
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
+    return torch.addmm(left.new_empty(1) if alike is None else alike, left, right, beta=0, alpha=factor)
 
 
 def _kept(value: Tensor, bits: Tensor | None) -> Tensor:

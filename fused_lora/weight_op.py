@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .ops import direct, make_differentiable, module_of, register, without_autocast
-from .reference import product
+from .ops import (
+    differentiates,
+    direct,
+    direct_apply,
+    make_differentiable,
+    module_of,
+    once_differentiable,
+    register,
+    without_autocast,
+)
+from .reference import in_dtype, product
 
 
 def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     path = module_of("effective_weight", choose(backend, weight.device, weight.dtype, lora_A.dtype))
     matrix = _as_matrix(weight, lora_A, lora_B)
     # A weight keeps its dtype and its precision under autocast; the layer's product is what autocast is about.
-    with without_autocast(weight.device.type):
+    with without_autocast(weight):
         effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
     if matrix is weight:
         return effective
@@ -50,18 +59,18 @@ class _EffectiveWeight(torch.autograd.Function):
         return compute(weight, lora_A, lora_B, scaling, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 5
         lora_A, lora_B = ctx.saved_tensors
         da = db = None
         matrix = g if g.dim() == 2 else g.reshape(ctx.matrix)
-        with without_autocast(g.device.type):
+        with without_autocast(g):
             if lora_B is not None:
-                da = product(lora_B.T, matrix.to(lora_B.dtype), ctx.scaling)
+                da = product(lora_B.t(), in_dtype(matrix, lora_B.dtype), ctx.scaling, lora_A)
             if lora_A is not None:
-                db = product(matrix.to(lora_A.dtype), lora_A.T, ctx.scaling)
+                db = product(in_dtype(matrix, lora_A.dtype), lora_A.t(), ctx.scaling, lora_B)
         return g if ctx.needs_input_grad[0] else None, da, db, None, None
 
 
@@ -70,8 +79,8 @@ def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     tensors = (weight, lora_A, lora_B)
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_effective_weight(*tensors, scaling, backend)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _EffectiveWeight.apply(*tensors, scaling, backend)  # type: ignore[no-any-return]
+    if differentiates(*tensors):
+        return direct_apply(_EffectiveWeight)(*tensors, scaling, backend)  # type: ignore[no-any-return]
     return _effective_weight(*tensors, scaling, backend)
 
 
