@@ -112,11 +112,14 @@ class _LoRAEmbedding(torch.autograd.Function):
                 # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
                 # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
                 wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
-                by_token = torch.ops.aten.embedding_dense_backward(wide, indices, *ctx.lookup)
+                by_token = torch.ops.aten.embedding_dense_backward.default(wide, indices, *ctx.lookup)
                 da = in_dtype(by_token.t(), ctx.adapter_dtype)
             if wants_dw:
                 dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
         return None, dw, da, db if wants_db else None, *(None,) * 5
+
+
+_apply = direct_apply(_LoRAEmbedding)
 
 
 def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
@@ -125,7 +128,7 @@ def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_embedding(*tensors, *rest)  # type: ignore[no-any-return]
     if differentiates(*tensors):
-        return direct_apply(_LoRAEmbedding)(*tensors, *rest)  # type: ignore[no-any-return]
+        return _apply(*tensors, *rest)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)  # type: ignore[no-any-return]
 
 

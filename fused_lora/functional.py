@@ -153,10 +153,11 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight is {weight.dtype}; expected a floating-point dtype.")
-    rows, columns = lora_B.shape[0] if lora_B.dim() else 0, lora_A.shape[-1] if lora_A.dim() else 0
+    size_A, size_B = lora_A.shape, lora_B.shape
+    rows, columns = size_B[0] if size_B else 0, size_A[-1] if size_A else 0
     if weight.shape != (rows, columns) and (weight.dim() == 2 or rows * columns != weight.numel()):
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)} and lora_A {tuple(lora_A.shape)}; expected (rows, r) and "
+            f"lora_B has shape {tuple(size_B)} and lora_A {tuple(size_A)}; expected (rows, r) and "
             f"(r, columns) of which rows times columns fill the weight's shape {tuple(weight.shape)}."
         )
     _check_factors(weight, lora_A, lora_B, (columns, rows))
@@ -216,9 +217,8 @@ def _check(
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({out_features},) to go with the weight.")
     device = x.device
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {device}, where x is.")
+    if not (weight.device == lora_A.device == lora_B.device == device) or (bias is not None and bias.device != device):
+        _raise_elsewhere("x", device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     if not autocasts(x):
         _check_dtypes(x.dtype, weight, lora_A, lora_B, bias)
     if not 0.0 <= dropout_p <= 1.0:
@@ -231,9 +231,9 @@ def _check(
 
 
 def _check_dtypes(dtype: torch.dtype, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}, as x, outside autocast.")
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        name, tensor = ("weight", weight) if bias is None or weight.dtype != dtype else ("bias", bias)
+        raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}, as x, outside autocast.")
     _check_adapter_dtypes("x", dtype, lora_A, lora_B)
 
 
@@ -251,18 +251,22 @@ def _check_adapter_dtypes(beside: str, dtype: torch.dtype, lora_A: Tensor, lora_
 
 def _check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, sizes: tuple[int, int]) -> None:
     columns, rows = sizes
-    if lora_A.dim() != 2 or lora_A.shape[1] != columns:
-        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; expected (r, {columns}) to go with the weight.")
-    if lora_B.shape != (rows, lora_A.shape[0]):
+    size_A, size_B = lora_A.shape, lora_B.shape
+    if len(size_A) != 2 or size_A[1] != columns:
+        raise ValueError(f"lora_A has shape {tuple(size_A)}; expected (r, {columns}) to go with the weight.")
+    if size_B != (rows, size_A[0]):
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, {lora_A.shape[0]}) to go with the weight "
-            "and lora_A."
+            f"lora_B has shape {tuple(size_B)}; expected ({rows}, {size_A[0]}) to go with the weight and lora_A."
         )
-    device = weight.device
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {device}, where weight is.")
+    if not lora_A.device == lora_B.device == weight.device:
+        _raise_elsewhere("weight", weight.device, lora_A=lora_A, lora_B=lora_B)
     _check_adapter_dtypes("weight", weight.dtype, lora_A, lora_B)
+
+
+def _raise_elsewhere(beside: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device}, where {beside} is.")
 
 
 def _check_scaling(scaling: float) -> None:

@@ -212,13 +212,16 @@ class _LoRALinear(torch.autograd.Function):
         return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *(None,) * 7
 
 
+_apply = direct_apply(_LoRALinear)
+
+
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
     """The op of the same name, or what it would do, called directly; x is two-dimensional."""
     tensors = (x, weight, bias, lora_A, lora_B)
     if not direct(*tensors) or autocasts(x):
         return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
     if differentiates(*tensors):
-        return direct_apply(_LoRALinear)(*tensors, *rest)  # type: ignore[no-any-return]
+        return _apply(*tensors, *rest)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)
 
 

@@ -213,8 +213,14 @@ def backward(
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
-    """weight + scaling * lora_B @ lora_A, [N, K], summed in at least float32 and rounded once to weight.dtype."""
-    return _updated(weight, lora_B, lora_A, scaling)
+    """weight + scaling * lora_B @ lora_A, summed in at least float32 and rounded once to weight.dtype.
+
+    weight is [N, K], or contiguous with other dimensions, which the result has too.
+    """
+    if weight.dim() == 2:
+        return _updated(weight, lora_B, lora_A, scaling)
+    matrix = weight.view(lora_B.shape[0], lora_A.shape[1])
+    return _updated(matrix, lora_B, lora_A, scaling).view(weight.shape)
 
 
 def embedding(

@@ -6,7 +6,7 @@ drawn and applied by kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 
 import torch
@@ -19,12 +19,9 @@ from .reference import Dropout, in_dtype, product
 __all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels"]
 
 
-def _slices(matrix: Tensor, panels: Tensor, dim: int, enable_lora: Sequence[bool]) -> Iterable[tuple[Tensor, Tensor]]:
-    """The columns of each slice that has an adapter, and its piece of the panels, which follow each other in dim."""
-    if len(enable_lora) == 1:
-        return ((matrix, panels),)
-    columns = matrix.tensor_split(len(enable_lora), 1)
-    return zip(compress(columns, enable_lora), panels.tensor_split(sum(enable_lora), dim), strict=True)
+def _enabled(matrix: Tensor, enable_lora: Sequence[bool]) -> list[Tensor]:
+    """The columns of each slice that has an adapter."""
+    return list(compress(matrix.tensor_split(len(enable_lora), 1), enable_lora))
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,13 +51,14 @@ def forward(
             scaling /= dropout.keep_probability
         xa = product(dropped, in_dtype(lora_A, x.dtype).t(), scaling)
         y = torch.nn.functional.linear(x, weight, bias)
-        factors = in_dtype(lora_B, x.dtype)
+        lora_B = in_dtype(lora_B, x.dtype)
         if len(enable_lora) == 1:
-            y.addmm_(xa, factors.t())
+            y.addmm_(xa, lora_B.t())
         else:
-            pieces = factors.tensor_split(sum(enable_lora))
-            for (columns, panel), factor in zip(_slices(y, xa, 1, enable_lora), pieces, strict=True):
-                columns.addmm_(panel, factor.t())
+            columns, enabled = _enabled(y, enable_lora), sum(enable_lora)
+            pieces = zip(columns, xa.tensor_split(enabled, 1), lora_B.tensor_split(enabled), strict=True)
+            for piece, panel, factor in pieces:
+                piece.addmm_(panel, factor.t())
     return y, xa, bits
 
 
@@ -74,13 +72,28 @@ def grad_panels(
     enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor | None, Tensor | None]:
     """dyb [M, R] in dy.dtype where lora_B is given, db [N, R] in `dtype` where xa is."""
+    if len(enable_lora) > 1:
+        return _grad_panels_of_slices(dy, lora_B, xa, scaling, dtype, enable_lora)
+    dyb = None if lora_B is None else product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
+    return dyb, None if xa is None else _product(dy.t(), xa, dtype)
+
+
+def _grad_panels_of_slices(
+    dy: Tensor,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
     dyb, db = None, None
+    columns, enabled = _enabled(dy, enable_lora), sum(enable_lora)
     if lora_B is not None:
-        slices = _slices(dy, in_dtype(lora_B, dy.dtype), 0, enable_lora)
-        alike = xa if len(enable_lora) == 1 else None
-        dyb = _joined([product(piece, factor, scaling, alike) for piece, factor in slices], 1)
+        factors = in_dtype(lora_B, dy.dtype).tensor_split(enabled)
+        dyb = _joined([product(piece, factor, scaling) for piece, factor in zip(columns, factors, strict=True)], 1)
     if xa is not None:
-        db = _joined([_product(piece.t(), panel, dtype) for piece, panel in _slices(dy, xa, 1, enable_lora)], 0)
+        panels = xa.tensor_split(enabled, 1)
+        db = _joined([_product(piece.t(), panel, dtype) for piece, panel in zip(columns, panels, strict=True)], 0)
     return dyb, db
 
 

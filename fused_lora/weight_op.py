@@ -27,19 +27,14 @@ from .reference import in_dtype, product
 
 def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     path = module_of("effective_weight", choose(backend, weight.device, weight.dtype, lora_A.dtype))
-    matrix = _as_matrix(weight, lora_A, lora_B)
+    as_it_is = weight.is_contiguous() or weight.dim() == 2
     # A weight keeps its dtype and its precision under autocast; the layer's product is what autocast is about.
     with without_autocast(weight):
-        effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
-    if matrix is weight:
-        return effective
-    # In weight's memory format, as an elementwise sum would be; a contiguous one costs nothing.
-    effective = effective.view(weight.shape)
-    return effective if weight.is_contiguous() else _fake(weight).copy_(effective)
-
-
-def _as_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return weight if weight.dim() == 2 else weight.reshape(lora_B.shape[0], lora_A.shape[1])
+        effective: Tensor = path.effective_weight(
+            weight if as_it_is else weight.contiguous(), lora_A, lora_B, scaling=scaling
+        )
+    # In weight's memory format, as an elementwise sum would be.
+    return effective if as_it_is else _fake(weight).copy_(effective)
 
 
 def _fake(weight: Tensor, *arguments: Any) -> Tensor:
@@ -74,13 +69,16 @@ class _EffectiveWeight(torch.autograd.Function):
         return g if ctx.needs_input_grad[0] else None, da, db, None, None
 
 
+_apply = direct_apply(_EffectiveWeight)
+
+
 def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     """The op of the same name, or what it would do, called directly."""
     tensors = (weight, lora_A, lora_B)
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_effective_weight(*tensors, scaling, backend)  # type: ignore[no-any-return]
     if differentiates(*tensors):
-        return direct_apply(_EffectiveWeight)(*tensors, scaling, backend)  # type: ignore[no-any-return]
+        return _apply(*tensors, scaling, backend)  # type: ignore[no-any-return]
     return _effective_weight(*tensors, scaling, backend)
 
 

@@ -74,18 +74,20 @@ def launch(
             given.append(None)
         else:
             pointer = tensor.data_ptr()
-            determining += (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device(), pointer % 16)
+            determining.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device(), pointer % 16))
             given.append(pointer)
     key = tuple(determining)
     plan = _plans.get(key)
+    if plan is not None and descriptors is None and not _watched():
+        plan.launch(given)
+        return
     named: dict[str, Any] = tensors if descriptors is None else tensors | descriptors
     if plan is not None:
         if _watched():
             plan.launch_watched(named.values())
-        elif descriptors is None:
-            plan.launch(given)
         else:
-            plan.launch(descriptors.get(name, pointer) for name, pointer in zip(tensors, given, strict=True))
+            described = descriptors or {}
+            plan.launch(described.get(name, pointer) for name, pointer in zip(tensors, given, strict=True))
         return
     grid, others = arguments()
     compiled = kernel[grid](**named, **others)

@@ -230,6 +230,7 @@ def test_kernels_state_their_work() -> None:
     assert work["flops16"] == 2 * (2 * 8 * 128 * 4)
     weight, index = torch.empty(50, 16), torch.empty(8, dtype=torch.int64)
     arguments = {"index_ptr": index, "out_ptr": weight[:8], "left_ptr": torch.empty(50, 4), "panel_ptr": None, "R": 4}
+    arguments |= {"M": 8}
     work = low_rank_update._work(None, None, arguments | {"right_ptr": torch.empty(4, 16)})
     assert work["flops32"] == 2 * 8 * 16 * 4
     assert work["bytes"] == 8 * 8 + 4 * (8 * 16 + 8 * 4 + 4 * 16 + 8 * 16)
