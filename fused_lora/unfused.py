@@ -117,11 +117,11 @@ def backward(
         if dyb is None:
             return None, None, db
         if weight is not None and lora_A is not None:
-            dx, factor = torch.mm(dy, weight), in_dtype(lora_A, dy.dtype)
+            dx = torch.mm(dy, weight)
             if bits is None:
-                dx.addmm_(dyb, factor)
+                dx.addmm_(dyb, in_dtype(lora_A, dy.dtype))
             else:
-                kept = mask.add_kept_(dx, torch.mm(dyb, factor), bits, x)
+                kept = mask.add_kept_(dx, dyb, lora_A, bits, x)
         elif bits is not None and x is not None:
             kept = mask.drop_again(x, bits)
         if kept is not None:

@@ -70,7 +70,7 @@ def _low_rank_update_kernel(
 def _launch(
     base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, out: Tensor, index: Tensor | None, panel: Tensor | None
 ) -> None:
-    if out.numel() == 0:
+    if out.shape[0] == 0:
         return
     tile = tiles_for(out.device, out.dtype).update
     left, right = (lora_B, lora_A) if index is None else (lora_A, lora_B)

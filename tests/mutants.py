@@ -215,8 +215,8 @@ MUTANTS = (
     Mutant(
         "unfused dx without its mask",
         UNFUSED,
-        "mask.add_kept_(dx, torch.mm(dyb, factor), bits, x)",
-        "mask.add_kept_(dx.addmm_(dyb, factor), 0 * dx, bits, x)",
+        "mask.add_kept_(dx, dyb, lora_A, bits, x)",
+        "mask.add_kept_(dx.addmm_(dyb, lora_A), 0 * dyb, lora_A, bits, x)",
         UNFUSED_PATH,
     ),
     Mutant(

@@ -114,8 +114,9 @@ def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: i
     dropped, drawn = mask.drop(ones, dropout)
     assert torch.equal(drawn, bits)
     alone, beside = torch.zeros_like(ones), torch.ones_like(ones)
-    assert mask.add_kept_(alone, ones, bits, None) is None
-    again = mask.add_kept_(beside, 2 * ones, bits, ones)
+    # dyb @ factor is one everywhere.
+    assert mask.add_kept_(alone, dyb, torch.ones_like(factor), bits, None) is None
+    again = mask.add_kept_(beside, 2 * dyb, torch.ones_like(factor), bits, ones)
     for masked in (dropped, mask.drop_again(ones, bits), alone, again, (beside - 1) / 2):
         assert torch.equal(masked, keep)
 
