@@ -84,16 +84,14 @@ class ConvLoRA(MergingLayer):
         if self.merged or not self._has_adapter:
             self._check_merged()
             return self.conv(x)  # type: ignore[no-any-return]
+        conv = self.conv
         if dropout_in_force(self.lora_dropout) == 0:
-            return self._convolve(x, self._with_adapter(self.conv.weight), self.conv.bias)
-        update = self._with_adapter(torch.zeros_like(self.conv.weight, requires_grad=False))
-        return self.conv(x) + self._convolve(self.lora_dropout(x), update, None)  # type: ignore[no-any-return]
+            return conv._conv_forward(x, self._with_adapter(conv.weight), conv.bias)  # type: ignore[no-any-return]
+        update = self._with_adapter(torch.zeros_like(conv.weight, requires_grad=False))
+        return conv(x) + conv._conv_forward(self.lora_dropout(x), update, None)  # type: ignore[no-any-return]
 
     def _with_adapter(self, base: Tensor) -> Tensor:
         return effective_weight(base, self.lora_A, self.lora_B, scaling=self.scaling)
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.conv._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
 
     def _load_from_state_dict(
         self,

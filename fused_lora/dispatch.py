@@ -120,8 +120,7 @@ def batch_invariant() -> Iterator[None]:
 def count_paths() -> Iterator[Counter[str]]:
     """Counts, for every thread while the block runs, how often each op took each path.
 
-    Keys are "<op>/<path>", for instance "forward/triton". A backward that torch's own autograd computes, as that of
-    "forward/unfused" without dropout, is no op and not counted.
+    Keys are "<op>/<path>", for instance "forward/triton".
     """
     counter: Counter[str] = Counter()
     _counters.append(counter)
@@ -270,3 +269,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    # Mostly it is off everywhere, which takes the least time to see.
+    return torch._C._is_any_autocast_enabled() and autocast_dtype(tensor.device.type) is not None

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose, choose_linear
-from .ops import direct, make_differentiable, module_of, register, without_autocast
+from .ops import (
+    differentiates,
+    direct,
+    direct_apply,
+    make_differentiable,
+    module_of,
+    once_differentiable,
+    register,
+    without_autocast,
+)
+from .reference import in_dtype
 
 _ARGUMENTS = (
     "Tensor indices, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, SymInt padding_idx, "
@@ -24,7 +34,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     path = module_of("embedding", choose(options[-1], weight.device, weight.dtype, lora_A.dtype))
     # F.embedding is not autocast either.
-    with without_autocast(weight.device.type):
+    with without_autocast(weight):
         y_xa: tuple[Tensor, Tensor] = path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)
     return y_xa
 
@@ -87,25 +97,29 @@ class _LoRAEmbedding(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 9
         indices, lora_B, xa = ctx.saved_tensors
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
         dw = da = db = None
-        with without_autocast(dy.device.type):
+        with without_autocast(dy):
             if wants_da or wants_db:
                 panels = _grad_panels if direct(dy, lora_B, xa) else torch.ops.fused_lora.lora_embedding_grad_panels
                 dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
             if wants_da:
                 # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
                 # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
-                wide = dyb.to(torch.promote_types(dyb.dtype, torch.float32))
-                da = torch.ops.aten.embedding_dense_backward(wide, indices, *ctx.lookup).T.to(ctx.adapter_dtype)
+                wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
+                by_token = torch.ops.aten.embedding_dense_backward.default(wide, indices, *ctx.lookup)
+                da = in_dtype(by_token.t(), ctx.adapter_dtype)
             if wants_dw:
                 dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
         return None, dw, da, db if wants_db else None, *(None,) * 5
+
+
+_apply = direct_apply(_LoRAEmbedding)
 
 
 def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
@@ -113,8 +127,8 @@ def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
     tensors = (indices, weight, lora_A, lora_B)
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_embedding(*tensors, *rest)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _LoRAEmbedding.apply(*tensors, *rest)  # type: ignore[no-any-return]
+    if differentiates(*tensors):
+        return _apply(*tensors, *rest)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)  # type: ignore[no-any-return]
 
 

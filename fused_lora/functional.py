@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import embedding_op, linear_op, weight_op
-from .dispatch import BATCH_INVARIANT, autocast_dtype, requested_backend
+from .dispatch import BATCH_INVARIANT, autocasts, requested_backend
 
 # A mask's counter holds column // 8 in 32 bits.
 _MOST_COLUMNS = 2**35
@@ -64,7 +64,8 @@ def lora_linear(
     elif dropout_p == 1.0:
         # As nn.Dropout(1): the term is zero and so are its gradients, instead of missing ones.
         scaling, dropout_p = 0.0, 0.0
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    two_dimensional = x.dim() == 2
+    rows = x if two_dimensional else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     y = linear_op.lora_linear(
         rows,
         weight,
@@ -72,14 +73,14 @@ def lora_linear(
         lora_A,
         lora_B,
         [bool(enabled) for enabled in enable_lora],
-        _seed_tensor(seed, x.device) if dropout_p > 0 else None,
+        None if dropout_p == 0 else _seed_tensor(seed, x.device),
         float(scaling),
         float(dropout_p),
         row_offset,
         column_offset,
         backend,
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if two_dimensional else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,8 +132,9 @@ def lora_embedding(
     if lora_A.shape[0] == 0:
         return F.embedding(indices, weight, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
     padding = -1 if padding_idx is None else padding_idx % num_embeddings
+    one_dimensional = indices.dim() == 1 and indices.is_contiguous()
     y = embedding_op.lora_embedding(
-        indices.reshape(-1).contiguous(),
+        indices if one_dimensional else indices.reshape(-1).contiguous(),
         weight,
         lora_A,
         lora_B,
@@ -142,7 +144,7 @@ def lora_embedding(
         sparse,
         requested_backend(),
     )
-    return y.view(*indices.shape, embedding_dim)
+    return y if one_dimensional else y.view(*indices.shape, embedding_dim)
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0) -> Tensor:
@@ -158,10 +160,11 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight is {weight.dtype}; expected a floating-point dtype.")
-    rows, columns = lora_B.shape[0] if lora_B.dim() else 0, lora_A.shape[-1] if lora_A.dim() else 0
-    if rows * columns != weight.numel() or (weight.dim() == 2 and weight.shape != (rows, columns)):
+    size_A, size_B = lora_A.shape, lora_B.shape
+    rows, columns = size_B[0] if size_B else 0, size_A[-1] if size_A else 0
+    if weight.shape != (rows, columns) and (weight.dim() == 2 or rows * columns != weight.numel()):
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)} and lora_A {tuple(lora_A.shape)}; expected (rows, r) and "
+            f"lora_B has shape {tuple(size_B)} and lora_A {tuple(size_A)}; expected (rows, r) and "
             f"(r, columns) of which rows times columns fill the weight's shape {tuple(weight.shape)}."
         )
     _check_factors(weight, lora_A, lora_B, (columns, rows))
@@ -202,27 +205,28 @@ def _check(
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (out_features, in_features).")
     out_features, in_features = weight.shape
+    size_A, size_B = lora_A.shape, lora_B.shape
     if x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {in_features}) to go with the weight.")
     slices, enabled = len(enable_lora), sum(enable_lora)
     if slices == 0 or out_features % slices != 0:
         raise ValueError(f"enable_lora has length {slices}; expected a divisor of the {out_features} output features.")
-    if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
-        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; expected (r, {in_features}) to go with the weight.")
+    if len(size_A) != 2 or size_A[1] != in_features:
+        raise ValueError(f"lora_A has shape {tuple(size_A)}; expected (r, {in_features}) to go with the weight.")
     rows = out_features // slices * enabled
-    if lora_B.dim() != 2 or lora_B.shape[0] != rows:
-        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, r) to go with the weight.")
-    if lora_A.shape[0] != lora_B.shape[1] * enabled:
+    if len(size_B) != 2 or size_B[0] != rows:
+        raise ValueError(f"lora_B has shape {tuple(size_B)}; expected ({rows}, r) to go with the weight.")
+    if size_A[0] != size_B[1] * enabled:
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, {lora_A.shape[0] / max(1, enabled):g}), "
+            f"lora_B has shape {tuple(size_B)}; expected ({rows}, {size_A[0] / max(1, enabled):g}), "
             "the rank of lora_A in each enabled slice."
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({out_features},) to go with the weight.")
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is.")
-    if autocast_dtype(x.device.type) is None:
+    device = x.device
+    if not (weight.device == lora_A.device == lora_B.device == device) or (bias is not None and bias.device != device):
+        _raise_elsewhere("x", device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    if not autocasts(x):
         _check_dtypes(x.dtype, weight, lora_A, lora_B, bias)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1].")
@@ -234,33 +238,42 @@ def _check(
 
 
 def _check_dtypes(dtype: torch.dtype, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}, as x, outside autocast.")
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        name, tensor = ("weight", weight) if bias is None or weight.dtype != dtype else ("bias", bias)
+        raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}, as x, outside autocast.")
     _check_adapter_dtypes("x", dtype, lora_A, lora_B)
 
 
 def _check_adapter_dtypes(beside: str, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> None:
-    allowed = (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
-    if lora_A.dtype not in allowed:
-        raise TypeError(f"lora_A is {lora_A.dtype}; expected {' or '.join(map(str, allowed))} to go with {beside}.")
-    if lora_B.dtype != lora_A.dtype:
-        raise TypeError(f"lora_B is {lora_B.dtype}; expected {lora_A.dtype}, as lora_A.")
+    adapter_dtype = lora_A.dtype
+    if adapter_dtype != dtype:
+        allowed = (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
+        if adapter_dtype not in allowed:
+            raise TypeError(
+                f"lora_A is {adapter_dtype}; expected {' or '.join(map(str, allowed))} to go with {beside}."
+            )
+    if lora_B.dtype != adapter_dtype:
+        raise TypeError(f"lora_B is {lora_B.dtype}; expected {adapter_dtype}, as lora_A.")
 
 
 def _check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, sizes: tuple[int, int]) -> None:
     columns, rows = sizes
-    if lora_A.dim() != 2 or lora_A.shape[1] != columns:
-        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; expected (r, {columns}) to go with the weight.")
-    if lora_B.shape != (rows, lora_A.shape[0]):
+    size_A, size_B = lora_A.shape, lora_B.shape
+    if len(size_A) != 2 or size_A[1] != columns:
+        raise ValueError(f"lora_A has shape {tuple(size_A)}; expected (r, {columns}) to go with the weight.")
+    if size_B != (rows, size_A[0]):
         raise ValueError(
-            f"lora_B has shape {tuple(lora_B.shape)}; expected ({rows}, {lora_A.shape[0]}) to go with the weight "
-            "and lora_A."
+            f"lora_B has shape {tuple(size_B)}; expected ({rows}, {size_A[0]}) to go with the weight and lora_A."
         )
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {weight.device}, where weight is.")
+    if not lora_A.device == lora_B.device == weight.device:
+        _raise_elsewhere("weight", weight.device, lora_A=lora_A, lora_B=lora_B)
     _check_adapter_dtypes("weight", weight.dtype, lora_A, lora_B)
+
+
+def _raise_elsewhere(beside: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device}, where {beside} is.")
 
 
 def _check_scaling(scaling: float) -> None:

@@ -87,7 +87,10 @@ def backward(
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
-    """weight + scaling * lora_B @ lora_A, [N, K], summed in float32 and rounded once to weight.dtype."""
+    """weight + scaling * lora_B @ lora_A, summed in float32 and rounded once to weight.dtype.
+
+    weight is [N, K], or contiguous with other dimensions, which the result has too.
+    """
     with on(weight):
         return low_rank_update.effective_weight(weight, lora_A, lora_B, scaling)
 

@@ -14,8 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import BATCH_INVARIANT, autocast_dtype, choose_forward, choose_linear
-from .ops import direct, lib, make_differentiable, module_of, register, without_autocast
+from .dispatch import BATCH_INVARIANT, autocasts, choose_forward, choose_linear
+from .ops import (
+    differentiates,
+    direct,
+    direct_apply,
+    lib,
+    make_differentiable,
+    module_of,
+    once_differentiable,
+    register,
+    without_autocast,
+)
 from .reference import Dropout, dropout_threshold
 
 _FORWARD_ARGUMENTS = (
@@ -42,20 +52,23 @@ def _compute(
     row_offset: int,
     column_offset: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, its panel xa, and the mask's bits; no bits without dropout."""
-    threshold = dropout_threshold(dropout_p)
-    dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold, row_offset, column_offset)
-    (N, K), dtypes = weight.shape, (x.dtype, lora_A.dtype)
-    choice = choose_forward(backend, x.device, *dtypes, len(x), K, N, decodes=inference and dropout is None)
-    y, xa, bits = module_of("forward", choice).forward(
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, its panel xa, and the mask's bits where there is dropout."""
+    dropout = None
+    if seed is not None and (threshold := dropout_threshold(dropout_p)) > 0:
+        dropout = Dropout(seed, threshold, row_offset, column_offset)
+    (rows, K), N, decodes = x.shape, weight.shape[0], inference and dropout is None
+    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, rows, K, N, decodes=decodes)
+    computed: tuple[Tensor, Tensor, Tensor | None] = module_of("forward", choice).forward(
         x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora
     )
+    return computed
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As an op: bits that are not there are empty."""
+    y, xa, bits = _compute(False, x, *arguments)
     return y, xa, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _compute(False, *arguments)
 
 
 def _inference(*arguments: Any) -> Tensor:
@@ -82,8 +95,9 @@ def _gradients(
     if backend == BATCH_INVARIANT:
         # No path's gradients are; this one takes a rank of 0 too.
         backend = "reference"
-    features = [matrix.shape[1] for matrix in (dy, x, weight) if matrix is not None]
-    choice = choose_linear(backend, dy.device, dy.dtype, dtype, len(dy), *features)
+    read = weight if x is None else x
+    features = () if read is None else read.shape[1:]
+    choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape, *features)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
         dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
     )
@@ -162,12 +176,11 @@ class _LoRALinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         wants_dx, wants_dw, _, wants_da, wants_db = ctx.needs_input_grad[:5]
-        forward = (
-            _forward if direct(x, weight, bias, lora_A, lora_B, seed) else torch.ops.fused_lora.lora_linear_forward
-        )
-        y, xa, bits = forward(
-            x, weight, bias, lora_A, lora_B, enable_lora, seed, scaling, dropout_p, row_offset, column_offset, backend
-        )
+        tensors, rest = (x, weight, bias, lora_A, lora_B), (scaling, dropout_p, row_offset, column_offset, backend)
+        if direct(*tensors, seed):
+            y, xa, bits = _compute(False, *tensors, enable_lora, seed, *rest)
+        else:
+            y, xa, bits = torch.ops.fused_lora.lora_linear_forward(*tensors, enable_lora, seed, *rest)
         wants_dyb = wants_dx or wants_da
         drops = seed is not None and dropout_threshold(dropout_p) > 0
         ctx.save_for_backward(
@@ -183,14 +196,14 @@ class _LoRALinear(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
         saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
-        with without_autocast(dy.device.type):
+        with without_autocast(dy):
             if wants_dx or wants_da or wants_db:
                 watched = not direct(dy, *saved)
                 backward = torch.ops.fused_lora.lora_linear_backward if watched else _gradients
@@ -203,19 +216,16 @@ class _LoRALinear(torch.autograd.Function):
         return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *(None,) * 7
 
 
+_apply = direct_apply(_LoRALinear)
+
+
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
     """The op of the same name, or what it would do, called directly; x is two-dimensional."""
     tensors = (x, weight, bias, lora_A, lora_B)
-    if not direct(*tensors) or autocast_dtype(x.device.type) is not None:
+    if not direct(*tensors) or autocasts(x):
         return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        enable_lora, seed, scaling, *_, backend = rest
-        if seed is None and len(enable_lora) == 1 and lora_A.dtype == x.dtype:
-            (N, K), dtypes = weight.shape, (x.dtype, lora_A.dtype)
-            choice = choose_forward(backend, x.device, *dtypes, len(x), K, N, decodes=False)
-            if choice.path == "unfused":
-                return module_of("forward", choice).differentiable(*tensors, scaling)  # type: ignore[no-any-return]
-        return _LoRALinear.apply(*tensors, *rest)  # type: ignore[no-any-return]
+    if differentiates(*tensors):
+        return _apply(*tensors, *rest)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dispatch import Choice, autocast_dtype, count
+from .dispatch import Choice, autocasts, count
 
 lib = torch.library.Library("fused_lora", "DEF")
 _MODULES = {
@@ -29,6 +29,7 @@ _MODULES = {
     "batch_invariant": ".invariant",
 }
 _PLAIN = (Tensor, nn.Parameter, type(None))
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def module_of(op: str, choice: Choice) -> ModuleType:
@@ -48,14 +49,41 @@ def direct(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    # A generator's frames would take as long as all of the above.
+    for tensor in tensors:  # noqa: SIM110
+        if type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """For a backward that is called within an autocast region, which must not reach into it."""
-    if autocast_dtype(device_type) is None:
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply where `direct` holds: without a look at functorch's transforms, of which there are none."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def once_differentiable(backward: Callable[[Any, Tensor | None], Any]) -> Callable[[Any, Tensor | None], Any]:
+    """torch's decorator, which is entered only where the gradient's own gradient could be asked for."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def once(ctx: Any, dy: Tensor | None) -> Any:
+        return guarded(ctx, dy) if torch.is_grad_enabled() else backward(ctx, dy)
+
+    return once
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a gradient with respect to one of these can be asked for later."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """For what is called within an autocast region of the tensor's device, which must not reach into it."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else _NOTHING
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

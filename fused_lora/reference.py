@@ -104,10 +104,15 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
-def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """factor * left @ right, rounded once."""
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), without torch where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def product(left: Tensor, right: Tensor, factor: float, alike: Tensor | None = None) -> Tensor:
+    """factor * left @ right, rounded once; alike: any tensor of its shape and dtype, if there is one, saves time."""
     # With beta=0 the first argument is not read.
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
+    return torch.addmm(left.new_empty(1) if alike is None else alike, left, right, beta=0, alpha=factor)
 
 
 def _kept(value: Tensor, bits: Tensor | None) -> Tensor:
@@ -208,8 +213,14 @@ def backward(
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:
-    """weight + scaling * lora_B @ lora_A, [N, K], summed in at least float32 and rounded once to weight.dtype."""
-    return _updated(weight, lora_B, lora_A, scaling)
+    """weight + scaling * lora_B @ lora_A, summed in at least float32 and rounded once to weight.dtype.
+
+    weight is [N, K], or contiguous with other dimensions, which the result has too.
+    """
+    if weight.dim() == 2:
+        return _updated(weight, lora_B, lora_A, scaling)
+    matrix = weight.view(lora_B.shape[0], lora_A.shape[1])
+    return _updated(matrix, lora_B, lora_A, scaling).view(weight.shape)
 
 
 def embedding(

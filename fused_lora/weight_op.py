@@ -12,25 +12,29 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .ops import direct, make_differentiable, module_of, register, without_autocast
-from .reference import product
+from .ops import (
+    differentiates,
+    direct,
+    direct_apply,
+    make_differentiable,
+    module_of,
+    once_differentiable,
+    register,
+    without_autocast,
+)
+from .reference import in_dtype, product
 
 
 def _effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     path = module_of("effective_weight", choose(backend, weight.device, weight.dtype, lora_A.dtype))
-    matrix = _as_matrix(weight, lora_A, lora_B)
+    as_it_is = weight.is_contiguous() or weight.dim() == 2
     # A weight keeps its dtype and its precision under autocast; the layer's product is what autocast is about.
-    with without_autocast(weight.device.type):
-        effective: Tensor = path.effective_weight(matrix, lora_A, lora_B, scaling=scaling)
-    if matrix is weight:
-        return effective
-    # In weight's memory format, as an elementwise sum would be; a contiguous one costs nothing.
-    effective = effective.view(weight.shape)
-    return effective if weight.is_contiguous() else _fake(weight).copy_(effective)
-
-
-def _as_matrix(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return weight if weight.dim() == 2 else weight.reshape(lora_B.shape[0], lora_A.shape[1])
+    with without_autocast(weight):
+        effective: Tensor = path.effective_weight(
+            weight if as_it_is else weight.contiguous(), lora_A, lora_B, scaling=scaling
+        )
+    # In weight's memory format, as an elementwise sum would be.
+    return effective if as_it_is else _fake(weight).copy_(effective)
 
 
 def _fake(weight: Tensor, *arguments: Any) -> Tensor:
@@ -50,19 +54,22 @@ class _EffectiveWeight(torch.autograd.Function):
         return compute(weight, lora_A, lora_B, scaling, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 5
         lora_A, lora_B = ctx.saved_tensors
         da = db = None
         matrix = g if g.dim() == 2 else g.reshape(ctx.matrix)
-        with without_autocast(g.device.type):
+        with without_autocast(g):
             if lora_B is not None:
-                da = product(lora_B.T, matrix.to(lora_B.dtype), ctx.scaling)
+                da = product(lora_B.t(), in_dtype(matrix, lora_B.dtype), ctx.scaling, lora_A)
             if lora_A is not None:
-                db = product(matrix.to(lora_A.dtype), lora_A.T, ctx.scaling)
+                db = product(in_dtype(matrix, lora_A.dtype), lora_A.t(), ctx.scaling, lora_B)
         return g if ctx.needs_input_grad[0] else None, da, db, None, None
+
+
+_apply = direct_apply(_EffectiveWeight)
 
 
 def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
@@ -70,8 +77,8 @@ def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     tensors = (weight, lora_A, lora_B)
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_effective_weight(*tensors, scaling, backend)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _EffectiveWeight.apply(*tensors, scaling, backend)  # type: ignore[no-any-return]
+    if differentiates(*tensors):
+        return _apply(*tensors, scaling, backend)  # type: ignore[no-any-return]
     return _effective_weight(*tensors, scaling, backend)
 
 

@@ -294,16 +294,19 @@ def decode(
     splits = None
     if tile.splits > 1:
         splits = x.new_empty(tiles * tile.splits * tile.block_m * tile.block_n, dtype=torch.float32)
-    described: dict[str, Any] = {"x_descriptor": None, "weight_descriptor": None}
+    described = None
     if tile.descriptors and describable(x) and describable(weight):
-        described["x_descriptor"] = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
-        described["weight_descriptor"] = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+        described = {
+            "x_descriptor": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+            "weight_descriptor": TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+        }
     precision = input_precision(x.dtype)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         return ((panel_tiles * tile.parts if R > 0 else 0) + tiles * tile.splits,), dict(
             **strides("xm xk", x),
             **strides("wn wk", weight),
+            **({"x_descriptor": None, "weight_descriptor": None} if described is None else {}),
             **strides("ar ak", lora_A),
             **strides("bn br", lora_B),
             **strides("bias", bias),

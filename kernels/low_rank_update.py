@@ -23,7 +23,7 @@ RANK_STEP = 16
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     out, panel, R = args["out_ptr"], args["panel_ptr"], args["R"]
-    left = out.new_empty((len(out), R), device="meta", dtype=args["left_ptr"].dtype)
+    left = out.new_empty((args["M"], R), device="meta", dtype=args["left_ptr"].dtype)
     tensors = (args["index_ptr"], out, left, args["right_ptr"], panel, out)
     return stated_work("low_rank_update", 2.0 * out.numel() * R, *tensors, dtype=out.dtype)
 
@@ -68,23 +68,25 @@ def _low_rank_update_kernel(
 
 
 def _launch(
-    base: Tensor, left: Tensor, right: Tensor, scale: float, index: Tensor | None, panel: Tensor | None
-) -> Tensor:
-    (V, J), R = base.shape, left.shape[1]
-    out = base.new_empty((V if index is None else len(index), J))
-    if len(out) == 0:
-        return out
+    base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, out: Tensor, index: Tensor | None, panel: Tensor | None
+) -> None:
+    if out.shape[0] == 0:
+        return
     tile = tiles_for(out.device, out.dtype).update
+    left, right = (lora_B, lora_A) if index is None else (lora_A, lora_B)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (cdiv(len(out), tile.block_m), max(1, cdiv(J, tile.block_j))), dict(
-            **strides("bv bj", base),
-            **strides("lv lr", left),
-            **strides("rr rj", right),
-            **strides("om oj", out),
+        lefts, rights = (left, right) if index is None else (left.T, right.T)
+        (V, R), J = lefts.shape, rights.shape[1]
+        M = V if index is None else len(index)
+        return (cdiv(M, tile.block_m), max(1, cdiv(J, tile.block_j))), dict(
+            **strides("bv bj", base.view(V, J)),
+            **strides("lv lr", lefts),
+            **strides("rr rj", rights),
+            **strides("om oj", out.view(M, J)),
             **strides("pm pr", panel),
             scale=scale,
-            M=len(out), J=J, R=R, V=V,
+            M=M, J=J, R=R, V=V,
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_R=RANK_STEP,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             debug=index is not None, sanitize_overflow=False,
@@ -99,12 +101,16 @@ def _launch(
         "panel_ptr": panel,
     }
     launch(_low_rank_update_kernel, tensors, (tile, scale), arguments)
-    return out
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """weight [N, K] + scaling * lora_B [N, R] @ lora_A [R, K], in weight's dtype."""
-    return _launch(weight, lora_B, lora_A, scaling, None, None)
+    """weight [N, K] + scaling * lora_B [N, R] @ lora_A [R, K], in weight's dtype.
+
+    weight may be contiguous with other dimensions instead, which the result has too.
+    """
+    effective = weight.new_empty(weight.shape)
+    _launch(weight, lora_A, lora_B, scaling, effective, None, None)
+    return effective
 
 
 def embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -112,5 +118,7 @@ def embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s
 
     lora_A is [R, V] and lora_B [D, R]. An index out of range stops the device, as in torch.
     """
-    xa = weight.new_empty((len(indices), len(lora_A)))
-    return _launch(weight, lora_A.T, lora_B.T, scaling, indices, xa), xa
+    tokens = indices.shape[0]
+    y, xa = weight.new_empty((tokens, weight.shape[1])), weight.new_empty((tokens, lora_A.shape[0]))
+    _launch(weight, lora_A, lora_B, scaling, y, indices, xa)
+    return y, xa

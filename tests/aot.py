@@ -160,7 +160,8 @@ def compile_case(case: Case) -> None:
     fused.backward(dy, x, None, None, lora_B, xa, **gradients)
     unfused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
     if bits is not None:
-        mask.add_kept_(dy.new_empty(x.shape), x, bits)
+        mask.add_kept_(dy.new_empty(x.shape), xa, lora_A, bits, None)
+        mask.add_kept_(dy.new_empty(x.shape), xa, lora_A, bits, x)
         mask.drop_again(x, bits)
     if case.enable_lora == (True,):
         fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)

@@ -225,14 +225,18 @@ MUTANTS = (
     Mutant(
         "unfused dx without its mask",
         UNFUSED,
-        "mask.add_kept_(dx, dyb @ factor, bits)",
-        "dx.addmm_(dyb, factor)",
+        "mask.add_kept_(dx, dyb, lora_A, bits, x)",
+        "mask.add_kept_(dx.addmm_(dyb, lora_A), 0 * dyb, lora_A, bits, x)",
         UNFUSED_PATH,
     ),
     Mutant(
-        "unfused da without its mask", UNFUSED, "x if bits is None else mask.drop_again(x, bits)", "x", UNFUSED_PATH
+        "unfused da without its mask",
+        UNFUSED,
+        "product(dyb.t(), kept, dtype)",
+        "product(dyb.t(), x, dtype)",
+        UNFUSED_PATH,
     ),
-    Mutant("unfused scaling forgotten", UNFUSED, "lora_B.T, alpha=scaling", "lora_B.T", UNFUSED_PATH),
+    Mutant("unfused scaling forgotten", UNFUSED, "x.dtype).t(), scaling)", "x.dtype).t(), 1.0)", UNFUSED_PATH),
     Mutant(
         "backward with another layer's mask",
         OPS,
@@ -356,7 +360,7 @@ MUTANTS = (
         LOOKUPS_TORCH,
     ),
     Mutant(
-        "effective weight's dA unscaled", WEIGHT_OP, "lora_B.dtype), ctx.scaling)", "lora_B.dtype), 1.0)", CONVOLUTIONS
+        "effective weight's dA unscaled", WEIGHT_OP, "lora_B.dtype), ctx.scaling,", "lora_B.dtype), 1.0,", CONVOLUTIONS
     ),
     Mutant("convolutions ignore dropout", CONV, "dropout_in_force(self.lora_dropout) == 0", "True", CONVOLUTIONS),
     Mutant(

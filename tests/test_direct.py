@@ -38,6 +38,19 @@ def test_plain_tensors_are_direct_and_watched_ones_are_not() -> None:
     assert seen and not any(seen)
 
 
+def test_a_second_backward_raises_on_every_direct_call(backend: str, device: str) -> None:
+    x, weight, bias, lora_A, lora_B = (t.detach().float().to(device).requires_grad_() for t in tensors())
+    table, columns = lora_A.detach().T.contiguous().requires_grad_(), torch.tensor([0, 3], device=device)
+    for y in (
+        functional.lora_linear(x, weight, lora_A, lora_B, bias=bias),
+        functional.effective_weight(weight, lora_A, lora_B),
+        functional.lora_embedding(columns, table, lora_A, lora_A.new_ones(3, 3)),
+    ):
+        (gradient,) = torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_numbers_are_the_ops(p: float) -> None:
     seed = torch.tensor([5]) if p > 0 else None

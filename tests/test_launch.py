@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +13,36 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
+from triton import knobs
+from triton.knobs import HookChain
+
 from fused_lora.kernels import launch as module
 from fused_lora.kernels.launch import launch
 
 NAMES = ["x_ptr", "stride_x", "out_ptr", "seed_ptr", "SIZE"]
+DEVICE, STREAM = 3, 1234
 
 
 class Compiled:
-    """A kernel for one set of facts, which notes what it is launched with."""
+    """A kernel for one set of facts, which notes what it is launched with, and what with while hooks are there."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self) -> None:
         self.src = SimpleNamespace(fn=SimpleNamespace(arg_names=NAMES))
         self.launched: list[tuple[Any, ...]] = []
+        self.watched: list[tuple[Any, ...]] = []
+        self.streams: list[tuple[int, int]] = []
+
+    def run(self, *arguments: Any) -> None:
+        grid, (stream, function, metadata, launch_metadata, enter, leave) = arguments[:3], arguments[3:9]
+        assert (function, metadata) == (self.function, self.packed_metadata)
+        self.streams.append(stream)
+        assert launch_metadata is None and enter is None and leave is None
+        self.launched.append((grid, *arguments[9:]))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *values: self.launched.append((grid, *values))
+        return lambda *values: self.watched.append((grid, *values))
 
 
 class Kernel:
@@ -49,6 +65,11 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(module, "CompiledKernel", Compiled)
     monkeypatch.setattr(module, "_plans", OrderedDict())
+    current = itertools.count(STREAM)
+    active = SimpleNamespace(
+        get_current_device=lambda: DEVICE, get_current_stream=lambda device: (device, next(current))
+    )
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
     return Kernel()
 
 
@@ -59,14 +80,49 @@ def test_a_kernel_is_launched_again_with_the_new_tensors_where_their_names_are(k
     (compiled,) = kernel.compiled
     ((grid, *values),) = compiled.launched
     assert grid == (3, 1, 1)
-    assert values[0] is x and values[2] is out and values[1:2] + values[3:] == [1, None, 4]
+    assert values == [x.data_ptr(), 1, out.data_ptr(), None, 4] and not compiled.watched
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("as_chain", [True, False])
+def test_while_there_are_hooks_triton_launches_and_sees_the_tensors(
+    kernel: Kernel, name: str, as_chain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, out = torch.ones(4), torch.ones(4)
+    for _ in range(2):
+        kernel.launch(x, out)
+    chain = HookChain[Any]()
+    chain.add(print)
+    with monkeypatch.context() as hooked:
+        hooked.setattr(knobs.runtime, name, chain if as_chain else print)
+        kernel.launch(x, out)
+        kernel.launch(x, out, x_ptr="described")
+    kernel.launch(x, out)
+    (compiled,) = kernel.compiled
+    (grid, *values), (_, described, *_) = compiled.watched
+    assert grid == (3, 1, 1) and values[0] is x and values[2] is out and described == "described"
+    assert len(compiled.launched) == 2
+
+
+def test_triton_itself_has_no_hooks_until_they_are_asked_for() -> None:
+    assert not module._watched()
+    knobs.runtime.launch_enter_hook.add(print)
+    assert module._watched()
+    knobs.runtime.launch_enter_hook.remove(print)
+    assert not module._watched()
+
+
+def test_each_launch_is_on_the_stream_that_is_current_then(kernel: Kernel) -> None:
+    for _ in range(3):
+        kernel.launch(torch.zeros(4), torch.zeros(4))
+    assert kernel.compiled[0].streams == [(DEVICE, STREAM), (DEVICE, STREAM + 1)]
 
 
 def test_one_tensor_under_two_names_is_two_arguments(kernel: Kernel) -> None:
     x, out = torch.ones(4), torch.ones(4)
     kernel.launch(x, x)
     kernel.launch(x, out)
-    assert len(kernel.compiled) == 1 and kernel.compiled[0].launched[0][3] is out
+    assert len(kernel.compiled) == 1 and kernel.compiled[0].launched[0][3] == out.data_ptr()
 
 
 def test_a_descriptor_takes_its_tensors_place(kernel: Kernel) -> None:

@@ -62,7 +62,7 @@ ARROWS = {
     "base": set(),
     "functional": {"dispatch", "embedding_op", "linear_op", "weight_op"},
     "linear_op": {"dispatch", "ops", "reference"},
-    "embedding_op": {"dispatch", "ops"},
+    "embedding_op": {"dispatch", "ops", "reference"},
     "weight_op": {"dispatch", "ops", "reference"},
     "ops": {"decoding", "dispatch", "fused", "invariant", "reference", "unfused"},
     "invariant": {"decoding", "dispatch", "reference"},
