@@ -55,9 +55,8 @@ def _grad_panels(
     dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
     module = module_of("grad_panels", choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape))
-    panels = module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
-    dyb, db = (dy.new_empty(0) if panel is None else panel for panel in panels)
-    return dyb, db
+    dyb, db = module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
+    return dy.new_empty(0) if dyb is None else dyb, dy.new_empty(0) if db is None else db
 
 
 def _fake_grad_panels(
