@@ -26,8 +26,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype; tiles_for_rows: of how many rows the tiles are, None is M."""
     assert dropout is None, "the decode kernel draws no masks"
-    rows = len(x) if tiles_for_rows is None else tiles_for_rows
+    rows, in_features = x.shape
     with on(x):
-        tile = decode_tile(x.device, x.dtype, rows, x.shape[1], len(weight))
+        tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, weight.shape[0])
         y, xa = decode(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora)
     return y, xa, None

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._slices import enabled_among, enabled_slice, slice_arguments
@@ -169,8 +168,8 @@ def _decode_kernel(
     lora_B_ptr, stride_bn, stride_br,  # [enabled * WIDTH, R]
     bias_ptr, stride_bias,  # [N]
     out_ptr, stride_om,  # [M, N]
-    parts_ptr, panel_ptr,  # [PARTS, M, RANKS], [M, RANKS]
-    splits_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N], or None
+    panel_ptr,  # [M, RANKS]
+    workspace_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1, and then [PARTS, M, RANKS]
     flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
     scale,
     M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
@@ -186,7 +185,11 @@ def _decode_kernel(
     panel_tiles = tl.cdiv(M, PANEL_ROWS)
     producers = panel_tiles * PARTS if RANK_STEPS > 0 else 0
     program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     if program < producers:
+        parts_ptr = workspace_ptr
+        if SPLITS > 1:
+            parts_ptr += tiles_m.to(tl.int64) * tiles_n * (SPLITS * BLOCK_M * BLOCK_N)
         _produce(
             x_ptr, stride_xm, stride_xk,
             lora_A_ptr, stride_ar, stride_ak,
@@ -197,7 +200,6 @@ def _decode_kernel(
             PARTS, PANEL_ROWS, PANEL_K, PANEL_R, EVEN_K, PRECISION,
         )  # fmt: skip
     else:
-        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
         tile = (program - producers) // SPLITS
         split = (program - producers) % SPLITS
         group, place = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
@@ -235,7 +237,7 @@ def _decode_kernel(
         arrivals = tl.full((), SPLITS - 1, tl.int32)
         if SPLITS > 1:
             places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            split_ptrs = splits_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + places
+            split_ptrs = workspace_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + places
             tl.store(split_ptrs + split * (BLOCK_M * BLOCK_N), acc)
             tl.debug_barrier()
             arrived_ptr = flags_ptr + 2 + panel_tiles + tile
@@ -281,28 +283,28 @@ def decode(
 
     lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no term, and no panel.
     """
-    (M, K), N, (RANKS, R) = x.shape, len(weight), (len(lora_A), lora_B.shape[1])
+    (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
     out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS))
-    if out.numel() == 0:
+    if M == 0 or N == 0:
         return out, panel
-    width = N // len(enable_lora)
-    touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
-    panel_tiles, panel_r = cdiv(M, tile.panel_rows), min(rank_block(RANKS), RANK_STEP)
-    block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
-    panel_k = _panel_k(tile, panel_r, x, lora_A)
-    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    splits = None
+    panel_tiles, tiles = cdiv(M, tile.panel_rows), cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    floats, flags = tile.parts * M * RANKS, 2 + panel_tiles
     if tile.splits > 1:
-        splits = x.new_empty(tiles * tile.splits * tile.block_m * tile.block_n, dtype=torch.float32)
+        floats += tiles * tile.splits * tile.block_m * tile.block_n
+        flags += tiles
+    precision = input_precision(x.dtype)
     described = None
     if tile.descriptors and describable(x) and describable(weight):
         described = {
-            "x_descriptor": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-            "weight_descriptor": TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+            "x_descriptor": (x, [tile.block_m, tile.block_k]),
+            "weight_descriptor": (weight, [tile.block_n, tile.block_k]),
         }
-    precision = input_precision(x.dtype)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
+        touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
+        block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
+        panel_k = _panel_k(tile, panel_r, x, lora_A)
         return ((panel_tiles * tile.parts if R > 0 else 0) + tiles * tile.splits,), dict(
             **strides("xm xk", x),
             **strides("wn wk", weight),
@@ -322,17 +324,12 @@ def decode(
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    tensors = {
-        "x_ptr": x,
-        "weight_ptr": weight,
-        "lora_A_ptr": lora_A,
-        "lora_B_ptr": lora_B,
-        "bias_ptr": bias,
+    tensors = {"x_ptr": x, "weight_ptr": weight, "lora_A_ptr": lora_A, "lora_B_ptr": lora_B, "bias_ptr": bias}
+    made: dict[str, Tensor | None] = {
         "out_ptr": out,
-        "parts_ptr": x.new_empty((tile.parts, M, RANKS), dtype=torch.float32),
         "panel_ptr": panel,
-        "splits_ptr": splits,
-        "flags_ptr": flags_for(x, 2 + panel_tiles + (tiles if tile.splits > 1 else 0)),
+        "workspace_ptr": x.new_empty(floats, dtype=torch.float32),
+        "flags_ptr": flags_for(x, flags),
     }
-    launch(_decode_kernel, tensors, (tile, precision, scale, *enable_lora), arguments, described)
+    launch(_decode_kernel, tensors, (tile, precision, scale, *enable_lora), arguments, made, described)
     return out, panel

@@ -59,11 +59,11 @@ def flags_for(x: Tensor, count: int) -> Tensor:
     words = None
     if x.is_cuda:
         index = x.get_device()
-        pool, capturing = _pools.get(index), torch.cuda.is_current_stream_capturing()
+        pool, capturing = _pools.get(index), torch._C._cuda_isCurrentStreamCapturing()
         if pool is None and not capturing:
             pool = _pools.setdefault(index, _new_pool(x.device))
         if pool is not None and capturing:
             words = pool.take(count)
         elif pool is not None and count <= _WORDS_OF_A_STREAM:
-            words = pool.shared(torch.cuda.current_stream(index).cuda_stream)
+            words = pool.shared(torch._C._cuda_getCurrentRawStream(index))
     return x.new_zeros(count, dtype=torch.int32) if words is None else words

@@ -20,7 +20,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
@@ -292,13 +291,12 @@ def _fused_linear(
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
     if persistent:
         programs = min(programs, processors(left.device))
-    described: dict[str, TensorDescriptor] = {}
+    described = {}
     if descriptors:
         block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
-        described["left_ptr"] = TensorDescriptor.from_tensor(left, [tile.block_m, tile.block_i])
-        described["right_ptr"] = TensorDescriptor.from_tensor(rows_of_right, block)
+        described = {"left_ptr": (left, [tile.block_m, tile.block_i]), "right_ptr": (rows_of_right, block)}
     if stored:
-        described["out_ptr"] = TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_j // 4])
+        described["out_ptr"] = out, [tile.block_m, tile.block_j // 4]
     precision = input_precision(left.dtype)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -327,7 +325,7 @@ def _fused_linear(
         "out_ptr": out,
         "bits_ptr": bits,
     }
-    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, described)
+    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, described=described)
     return out
 
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MOST_PLANS = 4096
 _plans: OrderedDict[Hashable, _Plan] = OrderedDict()
 
 
 class _Plan:
-    """A compiled kernel, its grid, and its arguments, into which each launch puts its tensors."""
+    """A compiled kernel, its grid, and its arguments, into which each launch puts its tensors and their descriptors."""
 
-    def __init__(self, compiled: Any, grid: tuple[int, ...], named: dict[str, Any], tensors: Iterable[str]) -> None:
+    def __init__(self, compiled: Any, grid: tuple[int, ...], others: dict[str, Any], given: list[str]) -> None:
         self.compiled, self.run = compiled, compiled.run
         self.grid = (*grid, 1, 1)[:3]
         self.stream_of = driver.active.get_current_stream
@@ -27,21 +28,22 @@ class _Plan:
         # What the launcher takes before the arguments; it calls no hooks that are None, nor asks for their metadata.
         self.unwatched = compiled.function, compiled.packed_metadata, None, None, None
         names = compiled.src.fn.arg_names
-        self.places = [names.index(name) for name in tensors]
-        self.values = [None if name in tensors else named[name] for name in names]
+        # Of two values for one name, the later one is taken.
+        self.places = [names.index(name) for name in given]
+        self.values = [others.get(name) for name in names]
 
-    def _arguments(self, tensors: Iterable[Any]) -> list[Any]:
+    def _arguments(self, given: Iterable[Any]) -> list[Any]:
         values = self.values.copy()
-        for place, tensor in zip(self.places, tensors, strict=True):
-            values[place] = tensor
+        for place, value in zip(self.places, given, strict=True):
+            values[place] = value
         return values
 
-    def launch(self, pointers: Iterable[Any]) -> None:
+    def launch(self, given: Iterable[Any]) -> None:
         """As Triton would while nobody watches; tensors are given as their addresses, which it need not look up."""
-        self.run(*self.grid, self.stream_of(self.device), *self.unwatched, *self._arguments(pointers))
+        self.run(*self.grid, self.stream_of(self.device), *self.unwatched, *self._arguments(given))
 
-    def launch_watched(self, tensors: Iterable[Any]) -> None:
-        self.compiled[self.grid](*self._arguments(tensors))
+    def launch_watched(self, given: Iterable[Any]) -> None:
+        self.compiled[self.grid](*self._arguments(given))
 
 
 def _watched() -> bool:
@@ -55,15 +57,18 @@ def launch(
     tensors: dict[str, Tensor | None],
     facts: tuple[Hashable, ...],
     arguments: Callable[[], tuple[tuple[int, ...], dict[str, Any]]],
-    descriptors: dict[str, Any] | None = None,
+    made: dict[str, Tensor | None] | None = None,
+    described: dict[str, tuple[Tensor, list[int]]] | None = None,
 ) -> None:
-    """kernel[grid](**tensors, **others), where `arguments` returns grid and others.
+    """kernel[grid](**tensors, **made, **descriptors, **others), where `arguments` returns grid and others.
 
     Triton spends most of a launch's host time on finding the compiled kernel from the arguments. Here it is found from
     what determines them: every tensor's dtype, shape, strides, device and alignment, and the facts, any other values.
     `arguments` is called only the first time.
 
-    tensors: by the kernel's names for them. descriptors: which the kernel takes beside them, or in their place.
+    tensors: by the kernel's names for them. made: the same of tensors that were just allocated, as the others and the
+    facts say, and so at aligned addresses. described: those whose descriptors, of such a block, the kernel takes by
+    these names, of one of `tensors` in its place or beside.
     """
     # A plan keeps its kernel, whose id is therefore given to no other.
     determining: list[Hashable] = [id(kernel), facts]
@@ -78,21 +83,23 @@ def launch(
             given.append(pointer)
     key = tuple(determining)
     plan = _plans.get(key)
-    if plan is not None and descriptors is None and not _watched():
+    if plan is not None and not _watched():
+        if made is not None:
+            given += [None if tensor is None else tensor.data_ptr() for tensor in made.values()]
+        if described is not None:
+            given += [TensorDescriptor.from_tensor(*of) for of in described.values()]
         plan.launch(given)
         return
-    named: dict[str, Any] = tensors if descriptors is None else tensors | descriptors
+    descriptors = {name: TensorDescriptor.from_tensor(*of) for name, of in (described or {}).items()}
+    named: dict[str, Any] = tensors | (made or {})
     if plan is not None:
-        if _watched():
-            plan.launch_watched(named.values())
-        else:
-            plan.launch((dict(zip(tensors, given, strict=True)) | (descriptors or {})).values())
+        plan.launch_watched([*named.values(), *descriptors.values()])
         return
     grid, others = arguments()
-    compiled = kernel[grid](**named, **others)
+    compiled = kernel[grid](**named | descriptors, **others)
     # The interpreter returns nothing.
     if isinstance(compiled, CompiledKernel):
-        _plans[key] = _Plan(compiled, grid, others, named)
+        _plans[key] = _Plan(compiled, grid, others, [*named, *descriptors])
         if len(_plans) > _MOST_PLANS:
             _plans.popitem(last=False)
 

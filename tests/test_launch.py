@@ -56,9 +56,9 @@ class Kernel:
 
         return compile_and_launch
 
-    def launch(self, x: Tensor, out: Tensor, seed: Tensor | None = None, *facts: Any, **descriptors: Any) -> None:
+    def launch(self, x: Tensor, out: Tensor, seed: Tensor | None = None, *facts: Any, **more: Any) -> None:
         tensors = {"out_ptr": out, "x_ptr": x, "seed_ptr": seed}
-        launch(self, tensors, facts, lambda: ((3,), {"stride_x": x.stride(0), "SIZE": 4}), descriptors or None)
+        launch(self, tensors, facts, lambda: ((3,), {"stride_x": x.stride(0), "SIZE": 4}), **more)
 
 
 @pytest.fixture
@@ -96,11 +96,10 @@ def test_while_there_are_hooks_triton_launches_and_sees_the_tensors(
     with monkeypatch.context() as hooked:
         hooked.setattr(knobs.runtime, name, chain if as_chain else print)
         kernel.launch(x, out)
-        kernel.launch(x, out, x_ptr="described")
     kernel.launch(x, out)
     (compiled,) = kernel.compiled
-    (grid, *values), (_, described, *_) = compiled.watched
-    assert grid == (3, 1, 1) and values[0] is x and values[2] is out and described == "described"
+    ((grid, *values),) = compiled.watched
+    assert grid == (3, 1, 1) and values[0] is x and values[2] is out
     assert len(compiled.launched) == 2
 
 
@@ -125,10 +124,29 @@ def test_one_tensor_under_two_names_is_two_arguments(kernel: Kernel) -> None:
     assert len(kernel.compiled) == 1 and kernel.compiled[0].launched[0][3] == out.data_ptr()
 
 
-def test_a_descriptor_takes_its_tensors_place(kernel: Kernel) -> None:
-    for described in ("first", "second"):
-        kernel.launch(torch.zeros(4), torch.zeros(4), x_ptr=described)
-    assert kernel.compiled[0].launched[0][1] == "second"
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_descriptor_takes_its_tensors_place(kernel: Kernel, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_watched", lambda: watched)
+    matrices = [torch.zeros(8, 32, dtype=torch.float16) for _ in range(2)]
+    for matrix in matrices:
+        kernel.launch(matrix, torch.zeros(4), described={"x_ptr": (matrix, [4, 16])})
+    (compiled,) = kernel.compiled
+    ((_, descriptor, *_),) = compiled.watched if watched else compiled.launched
+    assert descriptor.base is matrices[1] and descriptor.block_shape == [4, 16] and descriptor.shape == (8, 32)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_is_made_for_a_launch_determines_nothing(
+    kernel: Kernel, watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_watched", lambda: watched)
+    x, out = torch.ones(4), torch.ones(4)
+    made = [torch.ones(4), torch.ones(5)]
+    for workspace in made:
+        kernel.launch(x, out, None, made={"seed_ptr": workspace})
+    (compiled,) = kernel.compiled
+    ((*_, given, _),) = compiled.watched if watched else compiled.launched
+    assert given is made[1] if watched else given == made[1].data_ptr()
 
 
 OTHERS = {
