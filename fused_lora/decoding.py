@@ -23,11 +23,15 @@ def forward(
     dropout: Dropout | None = None,
     enable_lora: Sequence[bool] = (True,),
     tiles_for_rows: int | None = None,
-) -> tuple[Tensor, Tensor, None]:
-    """y [M, N] and its panel xa [M, R], both in x.dtype; tiles_for_rows: of how many rows the tiles are, None is M."""
+    keep_panel: bool = False,
+) -> tuple[Tensor, Tensor | None, None]:
+    """y [M, N] and, if kept, its panel xa [M, R], both in x.dtype.
+
+    tiles_for_rows: of how many rows the tiles are; None is M.
+    """
     assert dropout is None, "the decode kernel draws no masks"
     rows, in_features = x.shape
     with on(x):
         tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, weight.shape[0])
-        y, xa = decode(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora)
+        y, xa = decode(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora, keep_panel=keep_panel)
     return y, xa, None

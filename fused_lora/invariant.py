@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,15 @@ def forward(
     scaling: float,
     dropout: Dropout | None,
     enable_lora: Sequence[bool] = (True,),
-) -> tuple[Tensor, Tensor, None]:
+) -> tuple[Tensor, Tensor | None, None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype. Raises RuntimeError if there is a mask to apply."""
     if dropout is not None:
         raise RuntimeError("lora_dropout is in force within batch_invariant(); expected a layer in eval mode.")
     if choose("auto", x.device, x.dtype, lora_A.dtype).path == "triton":
         from . import decoding
 
-        return decoding.forward(
-            x, weight, bias, lora_A, lora_B, scaling=scaling, enable_lora=enable_lora, tiles_for_rows=1
-        )
+        options: dict[str, Any] = {"enable_lora": enable_lora, "tiles_for_rows": 1, "keep_panel": True}
+        return decoding.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, **options)
     y, xa = x.new_empty((len(x), len(weight))), x.new_empty((len(x), len(lora_A)))
     for m in range(len(x)):
         # A copy starts at an aligned address, on which a CPU's GEMM may depend.

@@ -45,7 +45,7 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 def _produce(
     x_ptr, stride_xm, stride_xk,
     lora_A_ptr, stride_ar, stride_ak,
-    parts_ptr, panel_ptr, ready_ptr, arrived_ptr,
+    parts_ptr, panel_ptr, kept_panel_ptr, ready_ptr, arrived_ptr,
     scale,
     M, K, RANKS,
     tile, part,
@@ -84,7 +84,10 @@ def _produce(
             for p in tl.static_range(PARTS):
                 ptrs = parts_ptr + tl.full((), p, tl.int64) * M * RANKS + places
                 total += tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(panel_ptr + places, (total * scale).to(panel_ptr.dtype.element_ty), mask=inside)
+            total *= scale
+            tl.store(panel_ptr + places, total, mask=inside)
+            if kept_panel_ptr is not None:
+                tl.store(kept_panel_ptr + places, total.to(kept_panel_ptr.dtype.element_ty), mask=inside)
         tl.store(arrived_ptr, 0)
         tl.debug_barrier()
         tl.atomic_add(ready_ptr, 1, sem="release")
@@ -138,20 +141,18 @@ def _finish(
         while ready < panel_tiles:
             ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
         tl.debug_barrier()
-        panel_row_ptrs = panel_ptr + rows[:, None] * RANKS
-        panel = tl.load(
-            panel_row_ptrs + ranks[None, :], mask=in_rows & in_ranks[None, :], other=0.0, cache_modifier=".cg"
-        )
-        acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+        panel_row_ptrs, dtype = panel_ptr + rows[:, None] * RANKS, out_ptr.dtype.element_ty
+        in_panel = in_rows & in_ranks[None, :]
+        panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
+        acc = accumulate(panel.to(dtype), factor.to(dtype), acc, PRECISION)
         for step in tl.range(1, SLICE_STEPS * RANK_STEPS, num_stages=1):
             factor, ranks, in_ranks = _factor(
                 lora_B_ptr, stride_bn, stride_br, step, first, last, columns,
                 N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
             )  # fmt: skip
-            panel = tl.load(
-                panel_row_ptrs + ranks[None, :], mask=in_rows & in_ranks[None, :], other=0.0, cache_modifier=".cg"
-            )  # fmt: skip
-            acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+            in_panel = in_rows & in_ranks[None, :]
+            panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
+            acc = accumulate(panel.to(dtype), factor.to(dtype), acc, PRECISION)
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & (columns < N)[None, :])
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == finishers - 1:
@@ -168,8 +169,8 @@ def _decode_kernel(
     lora_B_ptr, stride_bn, stride_br,  # [enabled * WIDTH, R]
     bias_ptr, stride_bias,  # [N]
     out_ptr, stride_om,  # [M, N]
-    panel_ptr,  # [M, RANKS]
-    workspace_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1, and then [PARTS, M, RANKS]
+    kept_panel_ptr,  # [M, RANKS], or None
+    workspace_ptr,  # [PARTS, M, RANKS] and [M, RANKS], after [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1
     flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
     scale,
     M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
@@ -186,14 +187,15 @@ def _decode_kernel(
     producers = panel_tiles * PARTS if RANK_STEPS > 0 else 0
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    parts_ptr = workspace_ptr
+    if SPLITS > 1:
+        parts_ptr += tiles_m.to(tl.int64) * tiles_n * (SPLITS * BLOCK_M * BLOCK_N)
+    panel_ptr = parts_ptr + tl.full((), PARTS, tl.int64) * M * RANKS
     if program < producers:
-        parts_ptr = workspace_ptr
-        if SPLITS > 1:
-            parts_ptr += tiles_m.to(tl.int64) * tiles_n * (SPLITS * BLOCK_M * BLOCK_N)
         _produce(
             x_ptr, stride_xm, stride_xk,
             lora_A_ptr, stride_ar, stride_ak,
-            parts_ptr, panel_ptr, flags_ptr, flags_ptr + 2 + program // PARTS,
+            parts_ptr, panel_ptr, kept_panel_ptr, flags_ptr, flags_ptr + 2 + program // PARTS,
             scale,
             M, K, RANKS,
             program // PARTS, program % PARTS,
@@ -278,24 +280,26 @@ def decode(
     scale: float,
     tile: DecodeTile,
     enable_lora: Sequence[bool] = (True,),
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] and its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
+    *,
+    keep_panel: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and, if kept, its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
 
     lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no term, and no panel.
     """
     (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
-    out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS))
+    out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS)) if keep_panel else None
     if M == 0 or N == 0:
         return out, panel
     panel_tiles, tiles = cdiv(M, tile.panel_rows), cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    floats, flags = tile.parts * M * RANKS, 2 + panel_tiles
+    floats, flags = (tile.parts + 1) * M * RANKS, 2 + panel_tiles
     if tile.splits > 1:
         floats += tiles * tile.splits * tile.block_m * tile.block_n
         flags += tiles
     precision = input_precision(x.dtype)
-    described = None
+    descriptors: dict[str, tuple[Tensor, list[int]]] = {}
     if tile.descriptors and describable(x) and describable(weight):
-        described = {
+        descriptors = {
             "x_descriptor": (x, [tile.block_m, tile.block_k]),
             "weight_descriptor": (weight, [tile.block_n, tile.block_k]),
         }
@@ -308,7 +312,7 @@ def decode(
         return ((panel_tiles * tile.parts if R > 0 else 0) + tiles * tile.splits,), dict(
             **strides("xm xk", x),
             **strides("wn wk", weight),
-            **({"x_descriptor": None, "weight_descriptor": None} if described is None else {}),
+            **({} if descriptors else {"x_descriptor": None, "weight_descriptor": None}),
             **strides("ar ak", lora_A),
             **strides("bn br", lora_B),
             **strides("bias", bias),
@@ -327,9 +331,10 @@ def decode(
     tensors = {"x_ptr": x, "weight_ptr": weight, "lora_A_ptr": lora_A, "lora_B_ptr": lora_B, "bias_ptr": bias}
     made: dict[str, Tensor | None] = {
         "out_ptr": out,
-        "panel_ptr": panel,
+        "kept_panel_ptr": panel,
         "workspace_ptr": x.new_empty(floats, dtype=torch.float32),
         "flags_ptr": flags_for(x, flags),
     }
-    launch(_decode_kernel, tensors, (tile, precision, scale, *enable_lora), arguments, made, described)
+    facts = (tile, precision, scale, keep_panel, *enable_lora)
+    launch(_decode_kernel, tensors, facts, arguments, made, descriptors)
     return out, panel

@@ -325,7 +325,7 @@ def _fused_linear(
         "out_ptr": out,
         "bits_ptr": bits,
     }
-    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, described=described)
+    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, descriptors=described)
     return out
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -57,8 +58,8 @@ def launch(
     tensors: dict[str, Tensor | None],
     facts: tuple[Hashable, ...],
     arguments: Callable[[], tuple[tuple[int, ...], dict[str, Any]]],
-    made: dict[str, Tensor | None] | None = None,
-    described: dict[str, tuple[Tensor, list[int]]] | None = None,
+    made: Mapping[str, Tensor | None] = MappingProxyType({}),
+    descriptors: Mapping[str, tuple[Tensor, list[int]]] = MappingProxyType({}),
 ) -> None:
     """kernel[grid](**tensors, **made, **descriptors, **others), where `arguments` returns grid and others.
 
@@ -66,9 +67,9 @@ def launch(
     what determines them: every tensor's dtype, shape, strides, device and alignment, and the facts, any other values.
     `arguments` is called only the first time.
 
-    tensors: by the kernel's names for them. made: the same of tensors that were just allocated, as the others and the
-    facts say, and so at aligned addresses. described: those whose descriptors, of such a block, the kernel takes by
-    these names, of one of `tensors` in its place or beside.
+    tensors: by the kernel's names for them. made: tensors that were allocated for this launch, at aligned addresses and
+    of sizes that the rest determines. descriptors: of one of `tensors` and a block each, which the kernel takes beside
+    it or, under the same name, in its place.
     """
     # A plan keeps its kernel, whose id is therefore given to no other.
     determining: list[Hashable] = [id(kernel), facts]
@@ -84,22 +85,21 @@ def launch(
     key = tuple(determining)
     plan = _plans.get(key)
     if plan is not None and not _watched():
-        if made is not None:
-            given += [None if tensor is None else tensor.data_ptr() for tensor in made.values()]
-        if described is not None:
-            given += [TensorDescriptor.from_tensor(*of) for of in described.values()]
+        for tensor in made.values():
+            given.append(None if tensor is None else tensor.data_ptr())
+        for described in descriptors.values():
+            given.append(TensorDescriptor.from_tensor(*described))
         plan.launch(given)
         return
-    descriptors = {name: TensorDescriptor.from_tensor(*of) for name, of in (described or {}).items()}
-    named: dict[str, Any] = tensors | (made or {})
+    named = {name: TensorDescriptor.from_tensor(*described) for name, described in descriptors.items()}
     if plan is not None:
-        plan.launch_watched([*named.values(), *descriptors.values()])
+        plan.launch_watched([*tensors.values(), *made.values(), *named.values()])
         return
     grid, others = arguments()
-    compiled = kernel[grid](**named | descriptors, **others)
+    compiled = kernel[grid](**{**tensors, **made, **named}, **others)
     # The interpreter returns nothing.
     if isinstance(compiled, CompiledKernel):
-        _plans[key] = _Plan(compiled, grid, others, [*named, *descriptors])
+        _plans[key] = _Plan(compiled, grid, others, [*tensors, *made, *named])
         if len(_plans) > _MOST_PLANS:
             _plans.popitem(last=False)
 

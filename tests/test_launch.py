@@ -129,7 +129,7 @@ def test_a_descriptor_takes_its_tensors_place(kernel: Kernel, watched: bool, mon
     monkeypatch.setattr(module, "_watched", lambda: watched)
     matrices = [torch.zeros(8, 32, dtype=torch.float16) for _ in range(2)]
     for matrix in matrices:
-        kernel.launch(matrix, torch.zeros(4), described={"x_ptr": (matrix, [4, 16])})
+        kernel.launch(matrix, torch.zeros(4), descriptors={"x_ptr": (matrix, [4, 16])})
     (compiled,) = kernel.compiled
     ((_, descriptor, *_),) = compiled.watched if watched else compiled.launched
     assert descriptor.base is matrices[1] and descriptor.block_shape == [4, 16] and descriptor.shape == (8, 32)
