@@ -45,7 +45,7 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 def _produce(
     x_ptr, stride_xm, stride_xk,
     lora_A_ptr, stride_ar, stride_ak,
-    parts_ptr, panel_ptr, kept_panel_ptr, ready_ptr, arrived_ptr,
+    parts_ptr, panel_ptr, ready_ptr, arrived_ptr,
     scale,
     M, K, RANKS,
     tile, part,
@@ -84,10 +84,7 @@ def _produce(
             for p in tl.static_range(PARTS):
                 ptrs = parts_ptr + tl.full((), p, tl.int64) * M * RANKS + places
                 total += tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")
-            total *= scale
-            tl.store(panel_ptr + places, total, mask=inside)
-            if kept_panel_ptr is not None:
-                tl.store(kept_panel_ptr + places, total.to(kept_panel_ptr.dtype.element_ty), mask=inside)
+            tl.store(panel_ptr + places, (total * scale).to(panel_ptr.dtype.element_ty), mask=inside)
         tl.store(arrived_ptr, 0)
         tl.debug_barrier()
         tl.atomic_add(ready_ptr, 1, sem="release")
@@ -141,10 +138,10 @@ def _finish(
         while ready < panel_tiles:
             ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
         tl.debug_barrier()
-        panel_row_ptrs, dtype = panel_ptr + rows[:, None] * RANKS, out_ptr.dtype.element_ty
+        panel_row_ptrs = panel_ptr + rows[:, None] * RANKS
         in_panel = in_rows & in_ranks[None, :]
         panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
-        acc = accumulate(panel.to(dtype), factor.to(dtype), acc, PRECISION)
+        acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
         for step in tl.range(1, SLICE_STEPS * RANK_STEPS, num_stages=1):
             factor, ranks, in_ranks = _factor(
                 lora_B_ptr, stride_bn, stride_br, step, first, last, columns,
@@ -152,7 +149,7 @@ def _finish(
             )  # fmt: skip
             in_panel = in_rows & in_ranks[None, :]
             panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
-            acc = accumulate(panel.to(dtype), factor.to(dtype), acc, PRECISION)
+            acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & (columns < N)[None, :])
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == finishers - 1:
@@ -169,8 +166,8 @@ def _decode_kernel(
     lora_B_ptr, stride_bn, stride_br,  # [enabled * WIDTH, R]
     bias_ptr, stride_bias,  # [N]
     out_ptr, stride_om,  # [M, N]
-    kept_panel_ptr,  # [M, RANKS], or None
-    workspace_ptr,  # [PARTS, M, RANKS] and [M, RANKS], after [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1
+    kept_panel_ptr,  # [M, RANKS], or None: then it is in the workspace
+    workspace_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1, [PARTS, M, RANKS], the panel
     flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
     scale,
     M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
@@ -190,12 +187,15 @@ def _decode_kernel(
     parts_ptr = workspace_ptr
     if SPLITS > 1:
         parts_ptr += tiles_m.to(tl.int64) * tiles_n * (SPLITS * BLOCK_M * BLOCK_N)
-    panel_ptr = parts_ptr + tl.full((), PARTS, tl.int64) * M * RANKS
+    panel_ptr = kept_panel_ptr
+    if kept_panel_ptr is None:
+        after_parts = parts_ptr + tl.full((), PARTS, tl.int64) * M * RANKS
+        panel_ptr = after_parts.to(tl.pointer_type(out_ptr.dtype.element_ty))
     if program < producers:
         _produce(
             x_ptr, stride_xm, stride_xk,
             lora_A_ptr, stride_ar, stride_ak,
-            parts_ptr, panel_ptr, kept_panel_ptr, flags_ptr, flags_ptr + 2 + program // PARTS,
+            parts_ptr, panel_ptr, flags_ptr, flags_ptr + 2 + program // PARTS,
             scale,
             M, K, RANKS,
             program // PARTS, program % PARTS,

@@ -40,8 +40,7 @@ class DecodeTile:
 Tiles = MappingProxyType[int, tuple[DecodeTile, ...]]
 
 INTERPRETER = DecodeTile(16, 32, 16, 4, 1, panel_rows=16, panel_k=16, parts=2, splits=2)
-FLOAT32 = DecodeTile(16, 32, 32, 8, 2, panel_rows=16, panel_k=32, parts=4)
-IRREGULAR = DecodeTile(16, 32, 32, 4, 2, panel_rows=16, panel_k=32, parts=4)
+IRREGULAR = DecodeTile(16, 32, 32, 8, 2, panel_rows=16, panel_k=32, parts=4)
 
 
 def _by_rows(**tiles: tuple[DecodeTile, ...]) -> Tiles:
@@ -66,7 +65,7 @@ AMPERE = _by_rows(
     ),
     up_to_64=(
         DecodeTile(64, 32, 128, 4, 4, panel_rows=64, panel_k=64, parts=4, splits=4),
-        DecodeTile(64, 128, 64, 4, 4, panel_rows=64, panel_k=64, parts=4),
+        DecodeTile(64, 128, 64, 8, 4, panel_rows=64, panel_k=64, parts=4),
     ),
 )
 
@@ -110,9 +109,7 @@ def decode_tile(device: torch.device, dtype: torch.dtype, rows: int, inputs: int
     """The tile for an input [rows, inputs] and an output [rows, outputs]."""
     if device.type == "cpu":
         return INTERPRETER
-    if dtype.itemsize == 4:
-        return FLOAT32
-    if inputs % 16 != 0 or outputs % 16 != 0:
+    if dtype.itemsize == 4 or inputs % 16 != 0 or outputs % 16 != 0:
         return IRREGULAR
     return fitted(capability(device), processors(device), rows, outputs)
 
