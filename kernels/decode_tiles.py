@@ -75,8 +75,8 @@ HOPPER = _by_rows(
         DecodeTile(16, 128, 128, 4, 4, panel_rows=16, panel_k=128, parts=4, dependent=True),
     ),
     up_to_32=(
-        DecodeTile(32, 32, 256, 4, 4, 32, 128, parts=4, splits=4, descriptors=True, dependent=True),
-        DecodeTile(32, 128, 64, 4, 6, 32, 128, parts=4, descriptors=True, dependent=True),
+        DecodeTile(32, 32, 128, 4, 6, panel_rows=32, panel_k=128, parts=4, splits=4, dependent=True),
+        DecodeTile(32, 128, 128, 4, 4, panel_rows=32, panel_k=128, parts=4, dependent=True),
     ),
     up_to_64=(
         DecodeTile(64, 32, 128, 4, 7, 64, 64, parts=4, splits=4, descriptors=True, dependent=True),
