@@ -15,7 +15,7 @@ from .merge import MergingLayer
 
 
 def warmup(model: nn.Module, tokens: int | Sequence[int], *, dtype: torch.dtype | None = None) -> int:
-    """Runs each kind of LoRA layer in model once, forward and backward, and returns how many kinds there were.
+    """Runs each kind of LoRA layer in model, forward and backward and forward alone; returns how many kinds there were.
 
     tokens: how many rows a layer gets at a time, all leading dimensions of its input together; several numbers where a
         run has several, since the path may depend on them. dtype: of the layers' input; None is the weights', or what
@@ -64,6 +64,7 @@ def _runs(layer: MergingLayer, rows: int, dtype: torch.dtype | None) -> Iterator
                 x = torch.zeros(rows, layer.in_features, dtype=dtype or weight.dtype, device=weight.device)
                 x.requires_grad_(wants_dx)
                 yield lambda x=x, p=p: (_linear(layer, x, p), x)  # type: ignore[misc]
+        yield torch.no_grad()(lambda: (_linear(layer, x.detach(), 0.0),))
 
 
 def _linear(layer: Linear | MergedLinear, x: Tensor, dropout_p: float) -> Tensor:

@@ -30,9 +30,18 @@ def test_runs_each_kind_forward_and_backward_on_the_forced_path(backend: str, de
     # Of the two equal layers one is run.
     assert kinds == 5
     # Two numbers of tokens, dx or not, and for the first layer with dropout or not.
-    assert ran[f"forward/{backend}"] == 2 * 2 * (2 + 1 + 1)
-    assert ran[f"backward/{backend}"] == ran[f"forward/{backend}"]
+    assert ran[f"backward/{backend}"] == 2 * 2 * (2 + 1 + 1)
+    # And without a backward for each of three layers.
+    assert ran[f"forward/{backend}"] == ran[f"backward/{backend}"] + 2 * 3
     assert ran[f"embedding/{backend}"] == 2 and ran[f"effective_weight/{backend}"] == 2
+
+
+def test_runs_what_inference_will_need(device: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+    layer = fused_lora.Linear(8, 16, r=2, lora_dropout=0.5, merge_weights=False, device=device).eval()
+    with fused_lora.use_backend("decode"), fused_lora.count_paths() as ran:
+        fused_lora.warmup(layer, tokens=(1, 3))
+    assert ran["forward/decode"] == 2
 
 
 def test_changes_nothing() -> None:
