@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cli_files import failing_in_one_sentence
-from .dispatch import _obstacle
+from .dispatch import obstacle_to_kernels
 from .kernels.config import capability
 from .kernels.lookup import VARIABLE, cached
 from .kernels.tiles_file import Tuned, as_json
@@ -43,7 +43,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("This machine has no CUDA GPU; expected one to tune for.")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, arguments.dtype)
-    obstacle = _obstacle(device, dtype, dtype)
+    obstacle = obstacle_to_kernels(device, dtype, dtype)
     if obstacle is not None:
         raise ValueError(f"Nothing can be tuned, because {obstacle}.")
     import triton

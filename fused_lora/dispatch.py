@@ -144,7 +144,7 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     """
     if request == "reference":
         return Choice("reference", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
-    obstacle = _obstacle(device, dtype, adapter_dtype)
+    obstacle = obstacle_to_kernels(device, dtype, adapter_dtype)
     if request == BATCH_INVARIANT:
         request = "auto"
     if request != "auto" and obstacle is not None:
@@ -217,7 +217,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
+def obstacle_to_kernels(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here; None if they can."""
     if dtype not in _KERNEL_DTYPES or adapter_dtype not in (dtype, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {dtype} with {adapter_dtype} adapters"

@@ -1,10 +1,11 @@
-"""A LoRA layer for few rows in one launch: out = x @ w.T + (scale * x @ a.T) @ b.T + bias.
+"""A LoRA layer's forward in one launch: out = x @ w.T + (scale * x @ a.T) @ b.T + bias.
 
-Few rows are bound by reading w, and each further launch costs a good part of the whole layer. The first programs
-compute the panel xa = scale * x @ a.T, each over a part of K; the last of a tile's to arrive adds the parts up in a
-fixed order. All other programs stream w meanwhile, each for its own columns of out, and wait for the panel only before
-their last, small product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits
-for nobody. The last program of all leaves the flags as it found them, at zero.
+Few rows are bound by reading w, and each further launch costs a good part of the whole layer; with many, the panel is
+computed where the last wave of tiles leaves multiprocessors idle. The first programs compute the panel
+xa = scale * x @ a.T, each over a part of K; the last of a tile's to arrive adds the parts up in a fixed order. All other
+programs stream w meanwhile, each for its own columns of out, and wait for the panel only before their last, small
+product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits for nobody. The
+last program of all leaves the flags as it found them, at zero.
 
 A row's bits do not depend on other rows, nor, with the same tiles, on how many there are.
 """

@@ -106,7 +106,7 @@ def test_a_gpu_that_falls_back_warns_once_per_reason() -> None:
 
 
 def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
     dispatch.choose.cache_clear()
     gpu, half, single = torch.device("cuda", 0), torch.bfloat16, torch.float32
     cases = {
@@ -129,7 +129,7 @@ def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.M
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A Hopper that only the choice of a path asks about."""
-    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     dispatch.choose.cache_clear()
     yield torch.device("cuda", 0)

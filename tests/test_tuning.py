@@ -273,7 +273,7 @@ class Command:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 63)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU 1")
         monkeypatch.setattr(cli_tune, "capability", lambda device: 90)
-        monkeypatch.setattr(cli_tune, "_obstacle", lambda *_: self.obstacle)
+        monkeypatch.setattr(cli_tune, "obstacle_to_kernels", lambda *_: self.obstacle)
         monkeypatch.setattr(tuning, "tune", self.tune)
         self.obstacle: str | None = None
 
