@@ -2,8 +2,8 @@
 
 Few rows are bound by reading w, and each further launch costs a good part of the whole layer; with many, the panel is
 computed where the last wave of tiles leaves multiprocessors idle. The first programs compute the panel
-xa = scale * x @ a.T, each over a part of K; the last of a tile's to arrive adds the parts up in a fixed order. All other
-programs stream w meanwhile, each for its own columns of out, and wait for the panel only before their last, small
+xa = scale * x @ a.T, each over a part of K; the last of a tile's to arrive adds the parts up in a fixed order. All
+other programs stream w meanwhile, each for its own columns of out, and wait for the panel only before their last, small
 product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits for nobody. The
 last program of all leaves the flags as it found them, at zero.
 
