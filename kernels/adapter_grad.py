@@ -139,12 +139,11 @@ def _launch(
     tensors = {
         "left_ptr": left,
         "panel_ptr": panel,
-        "grad_ptr": grad,
         "factor_ptr": factor,
-        "product_ptr": product,
         "bits_ptr": bits,
     }
-    launch(_adapter_grad_kernel, tensors, (tile, precision, transposed, *enable_lora), arguments)
+    made = {"grad_ptr": grad, "product_ptr": product}
+    launch(_adapter_grad_kernel, tensors, (tile, precision, transposed, *enable_lora), arguments, made)
     return grad, product
 
 

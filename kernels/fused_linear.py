@@ -322,10 +322,9 @@ def _fused_linear(
         "panel_ptr": panel,
         "factor_ptr": factor,
         "bias_ptr": bias,
-        "out_ptr": out,
         "bits_ptr": bits,
     }
-    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, descriptors=described)
+    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, {"out_ptr": out}, described)
     return out
 
 

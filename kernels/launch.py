@@ -67,9 +67,9 @@ def launch(
     what determines them: every tensor's dtype, shape, strides, device and alignment, and the facts, any other values.
     `arguments` is called only the first time.
 
-    tensors: by the kernel's names for them. made: tensors that were allocated for this launch, at aligned addresses and
-    of sizes that the rest determines. descriptors: of one of `tensors` and a block each, which the kernel takes beside
-    it or, under the same name, in its place.
+    tensors: by the kernel's names for them. made: tensors that were allocated for this launch, at aligned addresses, of
+    sizes and dtypes that the rest determines. descriptors: of such tensors and a block each, which the kernel takes
+    beside them or, under the same name, in their place.
     """
     # A plan keeps its kernel, whose id is therefore given to no other.
     determining: list[Hashable] = [id(kernel), facts]

@@ -97,10 +97,8 @@ def _launch(
         "left_ptr": left,
         "right_ptr": right,
         "index_ptr": index,
-        "out_ptr": out,
-        "panel_ptr": panel,
     }
-    launch(_low_rank_update_kernel, tensors, (tile, scale), arguments)
+    launch(_low_rank_update_kernel, tensors, (tile, scale), arguments, {"out_ptr": out, "panel_ptr": panel})
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -99,7 +99,6 @@ def _launch(
     precision = "ieee" if panel is None else input_precision(some.dtype)
     tensors = {
         "x_ptr": x,
-        "out_ptr": out,
         "panel_ptr": panel,
         "factor_ptr": factor,
         "total_ptr": total,
@@ -121,7 +120,7 @@ def _launch(
             **strides("bm", bits), **dropout_arguments(dropout),
         )  # fmt: skip
 
-    launch(_mask_kernel, tensors, (precision, *dropout_facts(dropout)), arguments)
+    launch(_mask_kernel, tensors, (precision, *dropout_facts(dropout)), arguments, {"out_ptr": out})
     return out
 
 

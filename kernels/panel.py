@@ -123,6 +123,6 @@ def panel(
         )  # fmt: skip
 
     facts = (tile, precision, scale, *enable_lora, *dropout_facts(dropout))
-    tensors = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": out, "bits_ptr": bits, "seed_ptr": seed}
-    launch(_panel_kernel, tensors, facts, arguments)
+    tensors = {"left_ptr": left, "factor_ptr": factor, "seed_ptr": seed}
+    launch(_panel_kernel, tensors, facts, arguments, {"panel_ptr": out, "bits_ptr": bits})
     return out, bits

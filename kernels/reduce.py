@@ -79,6 +79,10 @@ def reduce(
             BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
-    tensors = {"partials_ptr": partials, "out_ptr": out, "other_partials_ptr": others, "other_out_ptr": other_out}
-    launch(_reduce_kernel, tensors, (scale,), arguments)
+    tensors, made = (
+        {"partials_ptr": partials, "other_partials_ptr": others},
+        {"out_ptr": out, "other_out_ptr": other_out},
+    )
+    facts = (scale, dtype, None if other is None else other[1])
+    launch(_reduce_kernel, tensors, facts, arguments, made)
     return out, other_out

@@ -325,3 +325,17 @@ def test_float32_follows_torchs_matmul_precision() -> None:
         torch.backends.cuda.matmul.fp32_precision = previous
     # tf32 keeps 10 bits of the mantissa, float32 keeps 23.
     assert errors["ieee"] < 2**-18 and 2**-14 < errors["tf32"] < 2**-8
+
+
+def test_sums_of_the_same_partials_in_one_dtype_after_another() -> None:
+    """What is made for a launch is no part of what its compiled kernel is found by."""
+    from fused_lora.kernels.reduce import reduce
+
+    partials = torch.randn(3, 40, 8, device="cuda")
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        for other in (torch.float32, torch.bfloat16):
+            sums = reduce(partials, dtype, 2.0, (partials, other))
+            for found, expected in zip(sums, ((2 * partials.sum(0)).to(dtype), partials.sum(0).to(other)), strict=True):
+                assert found.dtype == expected.dtype
+                # Sums of three numbers in another order, rounded once.
+                assert (found - expected).abs().max() <= torch.finfo(found.dtype).eps * expected.abs().max()
