@@ -74,6 +74,7 @@ ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
+KEYS = ("tests/test_launch_keys.py",)
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -417,6 +418,11 @@ MUTANTS = (
     Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),
     Mutant("no batch invariance", DISPATCH, "    if invariant_blocks:\n", "    if False:\n", ONE_LAUNCH_PATH),
     Mutant("one launch kept from few rows", DISPATCH, "if rows <= _FEW_DECODED or", "if", ONE_LAUNCH_PATH),
+    Mutant("a plan for every dtype", REDUCE, "(scale, dtype, None if other is None else other[1])", "(scale,)", KEYS),
+    Mutant(
+        "a plan for every scaling", PANEL, "facts = (tile, precision, scale, *", "facts = (tile, precision, *", KEYS
+    ),
+    Mutant("a plan for every pattern", DECODE, "scale, keep_panel, *enable_lora)", "scale, keep_panel)", KEYS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 
