@@ -65,6 +65,8 @@ class MergingLayer(nn.Module, LoRALayer):
 
     merged_base_device: torch.device | str | int | None = None
     scaling: float
+    # Not whether lora_A is among the parameters: a parametrization, or FSDP's flat one, takes it from there.
+    _has_adapter = False
 
     def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
@@ -88,16 +90,13 @@ class MergingLayer(nn.Module, LoRALayer):
             )
         self.lora_A = nn.Parameter(weight.new_zeros(lora_A, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(weight.new_zeros(lora_B, dtype=adapter_dtype))
+        self._has_adapter = True
         self.scaling = self.lora_alpha / self.r
         weight.requires_grad = False
 
     def _owner(self) -> Any:
         """The module whose `weight` the adapter belongs to."""
         return self
-
-    @property
-    def _has_adapter(self) -> bool:
-        return "lora_A" in self._parameters
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -139,7 +138,14 @@ class MergingLayer(nn.Module, LoRALayer):
     def _merge(self, before: _Kept | None = None) -> None:
         """before: of an earlier merge, whose parameter is written if it is as a new one would be."""
         if self._has_adapter:
-            owner, base, weight = self._owner(), self.base_weight, self.merged_weight()
+            owner = self._owner()
+            for name, of in (("weight", owner), ("lora_A", self), ("lora_B", self)):
+                if name not in of._parameters:
+                    raise RuntimeError(
+                        f"{name} is parametrized or sharded; expected a parameter of the layer's own, to be merged and "
+                        "watched, or a layer with merge_weights=False."
+                    )
+            base, weight = self.base_weight, self.merged_weight()
             merged = nn.Parameter(weight, requires_grad=base.requires_grad)
             if before is not None and _alike(before.merged, merged):
                 merged = before.merged

@@ -262,3 +262,30 @@ def test_training_steps_equal_loralibs() -> None:
         losses.append(torch.stack(history))
     assert losses[0][-1] < 0.8 * losses[0][0]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, factor: torch.Tensor) -> torch.Tensor:
+        return 2 * factor
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias"])
+def test_a_parametrized_tensor_is_used_as_it_is_made(name: str) -> None:
+    """A parametrization takes the parameter out of the layer's own; the layer still has an adapter."""
+    layer, expected = Linear(6, 4, r=2, dtype=torch.float64), Linear(6, 4, r=2, dtype=torch.float64)
+    torch.nn.init.normal_(layer.lora_B)
+    expected.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        getattr(expected, name).mul_(2)
+    torch.nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.equal(layer(x), expected(x))
+    layer.parametrizations[name].original.grad = None
+    layer(x).sum().backward()
+    assert (layer.parametrizations[name].original.grad is None) == (name == "weight")
+    if name == "bias":
+        assert torch.equal(layer.eval()(x).detach(), expected.eval()(x).detach())
+    else:
+        # Its changes after a merge could not be seen.
+        with pytest.raises(RuntimeError, match=f"{name} is parametrized or sharded; expected a parameter of the layer"):
+            layer.eval()
