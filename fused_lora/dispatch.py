@@ -246,6 +246,8 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
     r, merged, lora_A = (getattr(layer, name, None) for name in ("r", "merged", "lora_A"))
     if r is None or merged is None:
         raise TypeError(f"layer is a {type(layer).__name__}; expected a fused_lora layer.")
+    if invariant_blocks and isinstance(layer, nn.Linear):
+        return _INVARIANT
     if lora_A is None:
         return Choice("plain", "this layer has no adapter")
     if merged:
@@ -258,7 +260,9 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
     rows = x.numel() // max(1, layer.in_features)
     features = layer.in_features, layer.out_features
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters()))
-    drops = layer.training and getattr(layer.lora_dropout, "p", 0.0) > 0
+    dropout = layer.lora_dropout
+    # With a probability of 1 there is no term to mask.
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
     decodes = not wants_gradient and not drops
     dtypes = cast or x.dtype, adapter_dtype
     return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, decodes=decodes)

@@ -143,3 +143,26 @@ def test_blocks_nest_and_end(device: str) -> None:
             pass
         assert fused_lora.explain(layer, x).path == "batch_invariant"
     assert fused_lora.explain(layer, x).path != "batch_invariant"
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.5, True), (0.5, False), (1.0, True)])
+@torch.no_grad()
+def test_explain_agrees_with_what_runs(p: float, training: bool, device: str) -> None:
+    """Also where the dropout's own mode is not the layer's."""
+    layer, x = layer_of("linear", device, lora_dropout=p), torch.randn(5, 48, device=device)
+    layer.lora_dropout.train(training)
+    with fused_lora.use_backend("decode"), fused_lora.count_paths() as paths:
+        layer(x)
+    with fused_lora.use_backend("decode"):
+        assert dict(paths) == {f"forward/{fused_lora.explain(layer, x).path}": 1}
+    assert ("forward/triton" in paths) == (p < 1 and training)
+
+
+@torch.no_grad()
+def test_explain_of_any_linear_layer_within_batch_invariant(device: str) -> None:
+    x = torch.randn(3, 48, device=device)
+    for layer in invariant_layers(device, torch.float32).values():
+        with fused_lora.batch_invariant(), fused_lora.count_paths() as paths:
+            layer(x)
+            assert dict(paths) == {f"forward/{fused_lora.explain(layer, x).path}": 1}
+    assert fused_lora.explain(fused_lora.Linear(4, 4), x).path == "plain"
