@@ -195,9 +195,9 @@ class _Layer:
                 panel(dy, self.lora_B, 1.0)
         elif kernel == "adapter_grad":
             adapter_grad.grad_panels(dy, self.lora_B if fused_rank else None, self.xa, 1.0, dtype)
+            adapter_grad.grad_lora_A(self.dyb, x, None, dtype)
         else:
-            for mask in (None, bits):
-                adapter_grad.grad_lora_A(self.dyb, x, mask, dtype)
+            adapter_grad.grad_lora_A(self.dyb, x, bits, dtype)
 
 
 class _Check:

@@ -10,15 +10,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+PHILOX_ROUND_A: tl.constexpr = tl.constexpr(0xD2511F53)
+PHILOX_ROUND_B: tl.constexpr = tl.constexpr(0xCD9E8D57)
+PHILOX_KEY_A: tl.constexpr = tl.constexpr(0x9E3779B9)
+PHILOX_KEY_B: tl.constexpr = tl.constexpr(0xBB67AE85)
+
 
 @triton.jit
-def _words(seed_ptr, rows, blocks, BLOCK_ROWS: tl.constexpr):
-    """The four uint32 words of each global row [BLOCK_ROWS] and block of eight columns [BLOCKS]."""
-    rows = rows[:, None]
-    # The counter words must be uint32: tl.philox turns into Philox-4x64 when they are wider.
-    zero = tl.zeros((BLOCK_ROWS, blocks.shape[0]), tl.uint32)
-    block = blocks[None, :].to(tl.uint32) + zero
-    return tl.philox(tl.load(seed_ptr), block, rows.to(tl.uint32) + zero, (rows >> 32).to(tl.uint32) + zero, zero, 7)
+def _wide_product(word, factor: tl.constexpr):
+    """The high and the low half of word * factor, uint32 each, from one instruction; tl.umulhi would cost another."""
+    product = word.to(tl.uint64) * factor
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _words(seed_ptr, rows, blocks):
+    """The four uint32 words [ROWS, BLOCKS] of each global row [ROWS] and block of eight columns [BLOCKS].
+
+    What depends on the row or on the block alone, as the first two rounds' products do, is computed for those alone.
+    """
+    seed = tl.load(seed_ptr).to(tl.uint64)
+    key_a, key_b = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = blocks[None, :].to(tl.uint32), rows[:, None].to(tl.uint32)
+    c2, c3 = (rows >> 32)[:, None].to(tl.uint32), tl.zeros((1, 1), tl.uint32)
+    for _ in tl.static_range(7):
+        high_a, low_a = _wide_product(c0, PHILOX_ROUND_A)
+        high_b, low_b = _wide_product(c2, PHILOX_ROUND_B)
+        c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
+        key_a = tl.add(key_a, PHILOX_KEY_A, sanitize_overflow=False)
+        key_b = tl.add(key_b, PHILOX_KEY_B, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -42,7 +64,7 @@ def draw_tile(
     threshold = threshold.to(tl.uint32)
     if ALIGNED:
         blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
-        w0, w1, w2, w3 = _words(seed_ptr, rows, blocks, BLOCK_ROWS)
+        w0, w1, w2, w3 = _words(seed_ptr, rows, blocks)
         # A word's high half is compared where it stands. Every lane becomes its bit of the byte at once, and is taken
         # from it again: by tl.join and a reshape, the dot that follows would read its operands by single words.
         high = threshold << 16
@@ -53,7 +75,7 @@ def draw_tile(
         return unpacked(bits, BLOCK_ROWS, BLOCK_COLUMNS), bits.to(tl.uint8)
     else:
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-        w0, w1, w2, w3 = _words(seed_ptr, rows, columns // 8, BLOCK_ROWS)
+        w0, w1, w2, w3 = _words(seed_ptr, rows, columns // 8)
         lane = (columns % 8)[None, :]
         word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
         keep = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16) >= threshold

@@ -179,5 +179,6 @@ def grad_lora_A(dyb: Tensor, x: Tensor, bits: Tensor | None, dtype: torch.dtype)
     """da [R, K] in `dtype`, of dyb [M, R] and x [M, K]."""
     if x.numel() == 0:
         return x.new_zeros((dyb.shape[1], x.shape[1]), dtype=dtype)
-    tile = tiles_for(x.device, x.dtype, x.shape[1]).grad_lora_A[rank_block(dyb.shape[1])]
+    tiles = tiles_for(x.device, x.dtype, x.shape[1])
+    tile = (tiles.adapter_grad if bits is None else tiles.grad_lora_A)[rank_block(dyb.shape[1])]
     return reduce(_launch(x, dyb, None, bits, tile, transposed=True)[0], dtype)[0]

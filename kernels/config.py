@@ -68,7 +68,10 @@ RANK_BLOCKS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Tiles:
-    """What each kernel uses. adapter_grad is for db, with dyb from the same read or without; grad_lora_A for da."""
+    """What each kernel uses. adapter_grad: for db, with dyb from the same read or without, and for da without a mask.
+
+    grad_lora_A: for da with one.
+    """
 
     linear: LinearTile
     panel: MappingProxyType[int, PanelTile]
@@ -115,16 +118,16 @@ AMPERE = Tiles(
 HOPPER = Tiles(
     linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3, descriptors=True),
     panel=_by_rank(
-        PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=32, block_i=256, num_warps=4, num_stages=4),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
     ),
     adapter_grad=_by_rank(
-        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3, programs=132),
-        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=3, programs=132),
-        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=132),
-        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=132),
+        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=4, programs=132),
+        AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=4, programs=132),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=264),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=264),
     ),
     grad_lora_A=_by_rank(
         AdapterGradTile(block_m=128, block_i=64, num_warps=4, num_stages=3, programs=528),

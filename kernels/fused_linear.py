@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, unpacked
+from ._ranks import add_ranks, load_factor, load_panel
 from ._slices import enabled_among, enabled_slice, slice_arguments
 from .config import processors, rank_block
 from .launch import cdiv, input_precision, launch, stated_work, strides
@@ -41,30 +42,22 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 @triton.jit
-def _add_ranks(
-    acc,
-    panel_ptr, stride_pm, stride_pr,
-    factor_ptr, stride_fr, stride_fj,
-    rows, columns, start,
-    M, first_column, last_column, R,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + panel @ factor at the given rows and those of the columns from first to last, over BLOCK_R ranks."""
-    ranks = start + tl.arange(0, BLOCK_R)
-    panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-    panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
-    factor_ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-    in_columns = columns < last_column
-    if first_column is not None:
-        in_columns = in_columns & (columns >= first_column)
-    factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & in_columns[None, :], other=0.0)
-    return accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+def _load_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J: tl.constexpr):
+    ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_J)
+    return tl.load(ptrs, mask=in_bits(rows, first_column, M, J, BLOCK_J), other=0)
 
 
 @triton.jit
-def _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, QUARTER: tl.constexpr):
-    ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, QUARTER)
-    return tl.load(ptrs, mask=in_bits(rows, first_column, M, J, QUARTER), other=0)
+def _bits_and_factor(
+    bits_ptr, stride_bm,
+    factor_ptr, stride_fr, stride_fj,
+    rows, first_column,
+    M, J, R,
+    BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    columns = first_column + tl.arange(0, BLOCK_J)
+    factor = load_factor(factor_ptr, stride_fr, stride_fj, columns, 0, None, J, R, BLOCK_R, DTYPE)
+    return _load_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J), factor
 
 
 @triton.jit
@@ -74,29 +67,27 @@ def _finish(
     factor_ptr, stride_fr, stride_fj,
     bias_ptr, stride_bias,
     out_ptr, stride_om, stride_oj,
-    bits_ptr, stride_bm, bits,
+    bits_ptr, stride_bm, panel, bits_and_factor,
     tile_m, rows, first_column,
     M, J, R,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-    BITS_FIRST: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
     if bits_ptr is not None:
         update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-        if BITS_FIRST:
-            update = _add_ranks(
-                update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-                rows, columns, 0, M, None, J, R, BLOCK_R, PRECISION,
-            )  # fmt: skip
+        if EARLY:
+            bits, factor = bits_and_factor
+            update = accumulate(panel, factor, update, PRECISION)
         else:
-            # Unrolled, or with the bits read before, it would spill.
+            # Unrolled, or with anything read before, it would spill.
             for start in tl.range(0, R, BLOCK_R, num_stages=1):
-                update = _add_ranks(
+                update = add_ranks(
                     update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
                     rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
-            bits = _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J)
+            bits = _load_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J)
         acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
@@ -134,16 +125,29 @@ def _compute_tile(
     first_column = tile_j.to(tl.int64) * BLOCK_J
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     QUARTER: tl.constexpr = BLOCK_J // 4
-    BITS_FIRST: tl.constexpr = RANK_STEPS == 1 and panel_ptr.dtype.element_ty != tl.float32
-    bits = (None, None, None, None)
-    if bits_ptr is not None and BITS_FIRST:
+    EARLY: tl.constexpr = RANK_STEPS == 1 and panel_ptr.dtype.element_ty != tl.float32
+    panel, quarters_bits_and_factor = None, (None, None, None, None)
+    if bits_ptr is not None and EARLY:
         # Read before the loop, under which their latency hides.
-        bits = (
-            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column, M, J, QUARTER),
-            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + QUARTER, M, J, QUARTER),
-            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + 2 * QUARTER, M, J, QUARTER),
-            _quarter_of_bits(bits_ptr, stride_bm, rows, first_column + 3 * QUARTER, M, J, QUARTER),
-        )
+        panel = load_panel(panel_ptr, stride_pm, stride_pr, rows, 0, M, R, BLOCK_R)
+        quarters_bits_and_factor = (
+            _bits_and_factor(
+                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
+                rows, first_column, M, J, R, QUARTER, BLOCK_R, panel.dtype,
+            ),
+            _bits_and_factor(
+                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
+                rows, first_column + QUARTER, M, J, R, QUARTER, BLOCK_R, panel.dtype,
+            ),
+            _bits_and_factor(
+                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
+                rows, first_column + 2 * QUARTER, M, J, R, QUARTER, BLOCK_R, panel.dtype,
+            ),
+            _bits_and_factor(
+                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
+                rows, first_column + 3 * QUARTER, M, J, R, QUARTER, BLOCK_R, panel.dtype,
+            ),
+        )  # fmt: skip
     if bits_ptr is None:
         columns = first_column + tl.arange(0, BLOCK_J)
         last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
@@ -151,7 +155,7 @@ def _compute_tile(
         for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
             e = first + step // RANK_STEPS
             slice = enabled_slice(e, SLICES, ENABLED)
-            acc = _add_ranks(
+            acc = add_ranks(
                 acc,
                 panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
                 factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
@@ -198,10 +202,10 @@ def _compute_tile(
                 factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits_ptr, stride_bm, bits[2 * half + quarter],
+                bits_ptr, stride_bm, panel, quarters_bits_and_factor[2 * half + quarter],
                 tile_m, rows, first_column + half * HALF + quarter * QUARTER,
                 M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, BITS_FIRST, STORED, PRECISION,
+                BLOCK_M, QUARTER, BLOCK_R, EARLY, STORED, PRECISION,
             )  # fmt: skip
 
 
