@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .fused import on
-from .kernels.decode import decode
+from .kernels.decode_launch import DecodeAgain, decode, decode_again
 from .kernels.decode_tiles import decode_tile
 from .reference import Dropout
 
@@ -35,3 +35,17 @@ def forward(
         tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, weight.shape[0])
         y, xa = decode(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora, keep_panel=keep_panel)
     return y, xa, None
+
+
+def again(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    enable_lora: Sequence[bool],
+) -> DecodeAgain | None:
+    """`forward` for other tensors of the same kind, if it was launched for such; x may have other dimensions."""
+    tile = decode_tile(x.device, x.dtype, x.numel() // x.shape[-1], x.shape[-1], weight.shape[0])
+    return decode_again(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora)

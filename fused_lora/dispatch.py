@@ -130,6 +130,11 @@ def count_paths() -> Iterator[Counter[str]]:
         _counters[:] = [other for other in _counters if other is not counter]
 
 
+def counted() -> bool:
+    """Whether a `count_paths` is in force."""
+    return bool(_counters)
+
+
 def count(op: str, path: str) -> None:
     for counter in _counters:
         counter[f"{op}/{path}"] += 1
@@ -160,6 +165,7 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     return Choice("reference", obstacle)
 
 
+@lru_cache(maxsize=1024)
 def choose_linear(
     request: str, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, rows: int, *features: int
 ) -> Choice:
@@ -179,6 +185,7 @@ def choose_linear(
     return _ODD if any(size % 16 != 0 for size in features) else choice
 
 
+@lru_cache(maxsize=1024)
 def choose_forward(
     request: str,
     device: torch.device,

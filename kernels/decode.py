@@ -12,28 +12,15 @@ A row's bits do not depend on other rows, nor, with the same tiles, on how many 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
-from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import rank_block
-from .decode_tiles import DecodeTile
-from .flags import flags_for
-from .fused_linear import describable
-from .launch import cdiv, input_precision, launch, stated_work, strides
-
-# Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
-RANK_STEP = 64
-WIDE_RANK_STEP = 32
-WIDE = 128 * 64
-GROUP_M = 32
+from ._slices import enabled_among, enabled_slice
+from .launch import stated_work
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +146,7 @@ def _finish(
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M"])
-def _decode_kernel(
+def decode_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
     weight_ptr, stride_wn, stride_wk,  # [N, K]
     x_descriptor, weight_descriptor,  # of the same, or None
@@ -261,81 +248,3 @@ def _decode_kernel(
                 M, N, R, RANKS,
                 WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
             )  # fmt: skip
-
-
-def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor) -> int:
-    """The panel's step over K: the tile's, or less if wide factors would take more shared memory than the output."""
-    panel_k, element = tile.panel_k, x.element_size()
-    of_output = (tile.block_m + tile.block_n) * tile.block_k * element
-    while panel_k > 16 and (tile.panel_rows * element + ranks * lora_A.element_size()) * panel_k > of_output:
-        panel_k //= 2
-    return panel_k
-
-
-def decode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    tile: DecodeTile,
-    enable_lora: Sequence[bool] = (True,),
-    *,
-    keep_panel: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and, if kept, its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
-
-    lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no term, and no panel.
-    """
-    (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
-    out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS)) if keep_panel else None
-    if M == 0 or N == 0:
-        return out, panel
-    panel_tiles, tiles = cdiv(M, tile.panel_rows), cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    floats, flags = (tile.parts + 1) * M * RANKS, 2 + panel_tiles
-    if tile.splits > 1:
-        floats += tiles * tile.splits * tile.block_m * tile.block_n
-        flags += tiles
-    precision = input_precision(x.dtype)
-    descriptors: dict[str, tuple[Tensor, list[int]]] = {}
-    if tile.descriptors and describable(x) and describable(weight):
-        descriptors = {
-            "x_descriptor": (x, [tile.block_m, tile.block_k]),
-            "weight_descriptor": (weight, [tile.block_n, tile.block_k]),
-        }
-
-    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
-        width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
-        touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
-        block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
-        panel_k = _panel_k(tile, panel_r, x, lora_A)
-        return ((panel_tiles * tile.parts if R > 0 else 0) + tiles * tile.splits,), dict(
-            **strides("xm xk", x),
-            **strides("wn wk", weight),
-            **({} if descriptors else {"x_descriptor": None, "weight_descriptor": None}),
-            **strides("ar ak", lora_A),
-            **strides("bn br", lora_B),
-            **strides("bias", bias),
-            stride_om=N,
-            scale=scale,
-            M=M, N=N, K=K, R=R, RANKS=RANKS,
-            WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
-            PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=panel_k, PANEL_R=panel_r,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
-            BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
-            EVEN_K=K % max(tile.block_k, panel_k) == 0, EVEN_N=N % tile.block_n == 0,
-            PRECISION=precision, DEPENDENT=tile.dependent, launch_pdl=tile.dependent,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-
-    tensors = {"x_ptr": x, "weight_ptr": weight, "lora_A_ptr": lora_A, "lora_B_ptr": lora_B, "bias_ptr": bias}
-    made: dict[str, Tensor | None] = {
-        "out_ptr": out,
-        "kept_panel_ptr": panel,
-        "workspace_ptr": x.new_empty(floats, dtype=torch.float32),
-        "flags_ptr": flags_for(x, flags),
-    }
-    facts = (tile, precision, scale, keep_panel, *enable_lora)
-    launch(_decode_kernel, tensors, facts, arguments, made, descriptors)
-    return out, panel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -15,10 +15,10 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MOST_PLANS = 4096
-_plans: OrderedDict[Hashable, _Plan] = OrderedDict()
+_plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
 
-class _Plan:
+class Plan:
     """A compiled kernel, its grid, and its arguments, into which each launch puts its tensors and their descriptors."""
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], others: dict[str, Any], given: list[str]) -> None:
@@ -47,10 +47,44 @@ class _Plan:
         self.compiled[self.grid](*self._arguments(given))
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether somebody, such as Triton's profiler, has hooks that are called at each launch."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Described:
+    """To a launch what Triton's TensorDescriptor is, without checks that take as long as the launch itself.
+
+    tensor: at an aligned address, its rows of contiguous elements and at multiples of 16 bytes.
+    """
+
+    padding, round_f32_to_tf32 = "zero", False
+    __slots__ = ("base", "shape", "strides")
+
+    def __init__(self, tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
+        self.base, self.shape, self.strides = tensor, shape, strides
+
+
+def _key(kernel: Any, tensors: Mapping[str, Tensor | None], facts: tuple[Hashable, ...]) -> tuple[Hashable, list[Any]]:
+    """What a plan is found by, and the tensors' addresses."""
+    # A plan keeps its kernel, whose id is therefore given to no other.
+    determining: list[Hashable] = [id(kernel), facts]
+    given: list[Any] = []
+    for tensor in tensors.values():
+        if tensor is None:
+            determining.append(None)
+            given.append(None)
+        else:
+            pointer = tensor.data_ptr()
+            determining.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device(), pointer % 16))
+            given.append(pointer)
+    return tuple(determining), given
+
+
+def plan_of(kernel: Any, tensors: Mapping[str, Tensor | None], facts: tuple[Hashable, ...]) -> Plan | None:
+    """What `launch` of the same has kept to be launched again; None if it has not."""
+    return _plans.get(_key(kernel, tensors, facts)[0])
 
 
 def launch(
@@ -71,24 +105,13 @@ def launch(
     sizes and dtypes that the rest determines. descriptors: of such tensors and a block each, which the kernel takes
     beside them or, under the same name, in their place.
     """
-    # A plan keeps its kernel, whose id is therefore given to no other.
-    determining: list[Hashable] = [id(kernel), facts]
-    given: list[Any] = []
-    for tensor in tensors.values():
-        if tensor is None:
-            determining.append(None)
-            given.append(None)
-        else:
-            pointer = tensor.data_ptr()
-            determining.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device(), pointer % 16))
-            given.append(pointer)
-    key = tuple(determining)
+    key, given = _key(kernel, tensors, facts)
     plan = _plans.get(key)
-    if plan is not None and not _watched():
+    if plan is not None and not watched():
         for tensor in made.values():
             given.append(None if tensor is None else tensor.data_ptr())
-        for described in descriptors.values():
-            given.append(TensorDescriptor.from_tensor(*described))
+        for described, _ in descriptors.values():
+            given.append(Described(described, described.shape, described.stride()))
         plan.launch(given)
         return
     named = {name: TensorDescriptor.from_tensor(*described) for name, described in descriptors.items()}
@@ -99,7 +122,7 @@ def launch(
     compiled = kernel[grid](**{**tensors, **made, **named}, **others)
     # The interpreter returns nothing.
     if isinstance(compiled, CompiledKernel):
-        _plans[key] = _Plan(compiled, grid, others, [*tensors, *made, *named])
+        _plans[key] = Plan(compiled, grid, others, [*tensors, *made, *named])
         if len(_plans) > _MOST_PLANS:
             _plans.popitem(last=False)
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 from numerics import assert_as_accurate_as
 
-from fused_lora.kernels.decode import decode
+from fused_lora.kernels.decode_launch import decode
 from fused_lora.kernels.decode_tiles import DecodeTile
 from fused_lora.kernels.flags import flags_for
 
@@ -66,7 +66,7 @@ def test_touches_only_its_arguments_and_writes_every_element_once(tile: DecodeTi
 
 @TILES
 def test_leaves_its_flags_at_zero(tile: DecodeTile, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_lora.kernels import decode as module
+    from fused_lora.kernels import decode_launch as module
 
     given: list[torch.Tensor] = []
     monkeypatch.setattr(module, "flags_for", lambda *args: given.append(flags_for(*args)) or given[-1])

@@ -99,10 +99,10 @@ def test_ends_while_other_work_holds_most_multiprocessors() -> None:
 
 @torch.no_grad()
 def test_new_row_counts_of_one_class_compile_nothing_new() -> None:
-    from fused_lora.kernels.decode import _decode_kernel
+    from fused_lora.kernels.decode import decode_kernel
 
     def compiled() -> int:
-        return sum(len(cache[0]) for cache in _decode_kernel.device_caches.values())
+        return sum(len(cache[0]) for cache in decode_kernel.device_caches.values())
 
     _, *others = problem(16, 4096, 4096, 16)
     with fused_lora.use_backend("decode"):
@@ -124,3 +124,38 @@ def test_few_rows_take_it_unasked() -> None:
         (paths[rows],) = counted
         assert paths[rows] == f"forward/{fused_lora.explain(layer, x).path}"
     assert set(paths.values()) == {"forward/decode"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 16, 128, 512])
+def test_a_call_made_again_computes_what_the_first_way_would(rows: int) -> None:
+    def long_way(x: torch.Tensor) -> torch.Tensor:
+        with fused_lora.count_paths() as paths:
+            y = layer(x)
+        assert paths == {"forward/decode": 1}
+        return y
+
+    options = {"merge_weights": False, "device": "cuda", "dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+    layer = fused_lora.Linear(4096, 1024, r=16, **options).eval()
+    xs = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in [(rows, 4096)] * 3 + [(1, rows, 4096)]]
+    for x in xs:
+        nn.init.normal_(layer.lora_B)
+        layer(x)
+        assert torch.equal(layer(x), long_way(x))
+    layer.weight.data = torch.randn_like(layer.weight)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = layer(xs[0])
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(y, long_way(xs[0]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(xs[0])
+    nn.init.normal_(layer.lora_A)
+    xs[0].normal_()
+    for _ in range(2):
+        graph.replay()
+        # What is not captured works in other words than the graph.
+        expected = long_way(xs[0])
+        assert torch.equal(layer(xs[0]), expected) and torch.equal(y, expected)

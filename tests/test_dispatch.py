@@ -85,16 +85,22 @@ def test_counting_ends_with_its_block() -> None:
     assert sum(outer.values()) == 2 and sum(inner.values()) == 1
 
 
+def forget() -> None:
+    """What was chosen before, for another machine as it were."""
+    for choose in (dispatch.choose, dispatch.choose_linear, dispatch.choose_forward):
+        choose.cache_clear()
+
+
 def test_a_gpu_that_falls_back_warns_once_per_reason() -> None:
     """The choice is arithmetic on devices and dtypes, so it can be asked about a GPU that is not there."""
     dispatch._warn_once.cache_clear()
-    dispatch.choose.cache_clear()
+    forget()
     gpu = torch.device("cuda", 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             choice = dispatch.choose("auto", gpu, torch.float64, torch.float64)
-            dispatch.choose.cache_clear()
+            forget()
         assert choice.path == "reference" and "float64" in choice.reason
         assert [choice.reason in str(warning.message) for warning in caught] == [True]
         dispatch.choose("auto", gpu, torch.float16, torch.bfloat16)
@@ -107,7 +113,7 @@ def test_a_gpu_that_falls_back_warns_once_per_reason() -> None:
 
 def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
-    dispatch.choose.cache_clear()
+    forget()
     gpu, half, single = torch.device("cuda", 0), torch.bfloat16, torch.float32
     cases = {
         (half, 8192, 4096, 4096): "triton",
@@ -123,7 +129,7 @@ def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.M
         # A request stands, whatever the sizes.
         for backend in ("reference", "triton", "unfused"):
             assert dispatch.choose_linear(backend, gpu, dtype, dtype, rows, *features).path == backend
-    dispatch.choose.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -131,9 +137,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A Hopper that only the choice of a path asks about."""
     monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    dispatch.choose.cache_clear()
+    forget()
     yield torch.device("cuda", 0)
-    dispatch.choose.cache_clear()
+    forget()
 
 
 def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.device) -> None:
@@ -166,6 +172,7 @@ def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    forget()
     for rows, path in ((64, "decode"), (65, "unfused"), (8192, "triton")):
         half = torch.float16
         assert dispatch.choose_forward("auto", gpu, half, half, rows, 4096, 4096, decodes=True).path == path

@@ -14,7 +14,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.knobs import HookChain
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.kernels import launch as module
 from fused_lora.kernels.launch import launch
@@ -104,11 +106,11 @@ def test_while_there_are_hooks_triton_launches_and_sees_the_tensors(
 
 
 def test_triton_itself_has_no_hooks_until_they_are_asked_for() -> None:
-    assert not module._watched()
+    assert not module.watched()
     knobs.runtime.launch_enter_hook.add(print)
-    assert module._watched()
+    assert module.watched()
     knobs.runtime.launch_enter_hook.remove(print)
-    assert not module._watched()
+    assert not module.watched()
 
 
 def test_each_launch_is_on_the_stream_that_is_current_then(kernel: Kernel) -> None:
@@ -126,20 +128,45 @@ def test_one_tensor_under_two_names_is_two_arguments(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_descriptor_takes_its_tensors_place(kernel: Kernel, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_watched", lambda: watched)
+    monkeypatch.setattr(module, "watched", lambda: watched)
     matrices = [torch.zeros(8, 32, dtype=torch.float16) for _ in range(2)]
     for matrix in matrices:
         kernel.launch(matrix, torch.zeros(4), descriptors={"x_ptr": (matrix, [4, 16])})
     (compiled,) = kernel.compiled
     ((_, descriptor, *_),) = compiled.watched if watched else compiled.launched
-    assert descriptor.base is matrices[1] and descriptor.block_shape == [4, 16] and descriptor.shape == (8, 32)
+    assert descriptor.base is matrices[1] and descriptor.shape == (8, 32) and descriptor.strides == (32, 1)
+
+
+@pytest.mark.parametrize("on_the_gpu", [False, True])
+def test_tritons_launcher_makes_the_same_of_a_matrix_as_of_its_own_descriptor(
+    on_the_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[tuple[Any, ...]] = []
+    fill = SimpleNamespace(fill_tma_descriptor=fill_as(filled), fill_tma_descriptor_tiled=fill_as(filled))
+    monkeypatch.setattr(nvidia.triton.runtime.driver, "_active", SimpleNamespace(utils=fill))
+    matrix = torch.zeros(8, 32, dtype=torch.float16)
+    metadata = {"swizzle": 2, "elem_size": 2, "elem_type": 6, "block_size": [4, 16], "fp4_padded": False}
+    theirs, ours = (
+        nvidia.make_tensordesc_arg(described, metadata if on_the_gpu else None)
+        for described in (
+            TensorDescriptor.from_tensor(matrix, [4, 16]),
+            module.Described(matrix, matrix.shape, matrix.stride()),
+        )
+    )
+    assert ours == theirs
+    if on_the_gpu:
+        assert len(filled) == 2 and filled[0] == filled[1] and filled[0][0] == matrix.data_ptr()
+
+
+def fill_as(filled: list[tuple[Any, ...]]) -> Any:
+    return lambda *arguments: filled.append(arguments) or "map"
 
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_what_is_made_for_a_launch_determines_nothing(
     kernel: Kernel, watched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_watched", lambda: watched)
+    monkeypatch.setattr(module, "watched", lambda: watched)
     x, out = torch.ones(4), torch.ones(4)
     made = [torch.ones(4), torch.ones(5)]
     for workspace in made:

@@ -1,0 +1,92 @@
+"""Inference calls that were made before, made again without the way there.
+
+On that way arguments are checked, a path is chosen and sizes are computed, which takes the host longer than the launch
+that comes of it. All of that follows from what `key_of` holds.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose_forward, counted, requested_backend
+from .ops import direct
+
+# Of x, weight (whichever way it is stored), bias, lora_A and lora_B.
+Call = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+_MOST_CALLS = 2048
+# None where there is no shorter way.
+_calls: OrderedDict[Hashable, Call | None] = OrderedDict()
+
+
+def _here(x: Tensor) -> bool:
+    """Whether x is on the current GPU."""
+    return x.is_cuda and x.get_device() == torch._C._cuda_getDevice()
+
+
+def key_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    fan_in_fan_out: bool,
+    enable_lora: Sequence[bool],
+) -> Hashable:
+    """What determines how y is computed where nothing is dropped and nothing differentiated; None where more does."""
+    if torch.is_grad_enabled() or type(scaling) is not float or not _here(x) or counted():
+        return None
+    if torch._C._is_any_autocast_enabled() or not direct(x, weight, bias, lora_A, lora_B):
+        return None
+    return (
+        requested_backend(), scaling, fan_in_fan_out, tuple(enable_lora),
+        x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16,
+        weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
+        lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
+        lora_B.dtype, lora_B.shape, lora_B.stride(), lora_B.get_device(), lora_B.data_ptr() % 16,
+        None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.get_device(), bias.data_ptr() % 16),
+    )  # fmt: skip
+
+
+def call_of(key: Hashable) -> Call | None:
+    """How a call with this key was computed in one launch; None if it was not."""
+    return None if key is None else _calls.get(key)
+
+
+def remember(
+    key: Hashable,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    enable_lora: Sequence[bool],
+) -> None:
+    """To be called once these were computed; weight [N, K]."""
+    if key is None or key in _calls:
+        return
+    call = None
+    if _is_launched_once(x, weight, lora_A, enable_lora):
+        from . import decoding
+
+        call = decoding.again(x, weight, bias, lora_A, lora_B, scaling, enable_lora)
+    _calls[key] = call
+    if len(_calls) > _MOST_CALLS:
+        _calls.popitem(last=False)
+
+
+def _is_launched_once(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Sequence[bool]) -> bool:
+    # A float32 product also depends on a global flag, and rows that are no matrix would be copied first.
+    if x.dtype.itemsize != 2 or x.dim() < 2 or x.numel() == 0 or not (x.dim() == 2 or x.is_contiguous()):
+        return False
+    if not all(type(enabled) is bool for enabled in enable_lora):
+        return False
+    N, K = weight.shape
+    dtypes = x.dtype, lora_A.dtype
+    return choose_forward(requested_backend(), x.device, *dtypes, x.numel() // K, K, N, decodes=True).path == "decode"

@@ -1,0 +1,174 @@
+"""The launch of decode.py's kernel: the first one, and again for inputs of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._slices import slice_arguments
+from .config import rank_block
+from .decode import decode_kernel
+from .decode_tiles import DecodeTile
+from .flags import flags_for
+from .fused_linear import describable
+from .launch import Described, Plan, cdiv, input_precision, launch, plan_of, strides, watched
+
+# Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
+RANK_STEP = 64
+WIDE_RANK_STEP = 32
+WIDE = 128 * 64
+GROUP_M = 32
+
+
+def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor) -> int:
+    """The panel's step over K: the tile's, or less if wide factors would take more shared memory than the output."""
+    panel_k, element = tile.panel_k, x.element_size()
+    of_output = (tile.block_m + tile.block_n) * tile.block_k * element
+    while panel_k > 16 and (tile.panel_rows * element + ranks * lora_A.element_size()) * panel_k > of_output:
+        panel_k //= 2
+    return panel_k
+
+
+@dataclass(slots=True)
+class _Needs:
+    """What a launch is found by, how many words it works in, and the blocks by which the copy engine reads x and w."""
+
+    tensors: dict[str, Tensor | None]
+    facts: tuple[Any, ...]
+    floats: int
+    flags: int
+    blocks: tuple[list[int], list[int]] | None
+
+
+def _needs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    tile: DecodeTile,
+    enable_lora: Sequence[bool],
+    keep_panel: bool,
+) -> _Needs:
+    M, N = len(x), len(weight)
+    tiles, panel_tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), cdiv(M, tile.panel_rows)
+    floats, flags = (tile.parts + 1) * M * len(lora_A), 2 + panel_tiles
+    if tile.splits > 1:
+        floats += tiles * tile.splits * tile.block_m * tile.block_n
+        flags += tiles
+    blocks = None
+    if tile.descriptors and describable(x) and describable(weight):
+        blocks = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k]
+    tensors = {"x_ptr": x, "weight_ptr": weight, "lora_A_ptr": lora_A, "lora_B_ptr": lora_B, "bias_ptr": bias}
+    return _Needs(tensors, (tile, input_precision(x.dtype), scale, keep_panel, *enable_lora), floats, flags, blocks)
+
+
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    tile: DecodeTile,
+    enable_lora: Sequence[bool] = (True,),
+    *,
+    keep_panel: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and, if kept, its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
+
+    lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no term, and no panel.
+    """
+    (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
+    out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS)) if keep_panel else None
+    if M == 0 or N == 0:
+        return out, panel
+    needs = _needs(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel)
+    descriptors: dict[str, tuple[Tensor, list[int]]] = {}
+    if needs.blocks is not None:
+        descriptors = {"x_descriptor": (x, needs.blocks[0]), "weight_descriptor": (weight, needs.blocks[1])}
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
+        touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
+        block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
+        panel_k = _panel_k(tile, panel_r, x, lora_A)
+        programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * tile.splits
+        if R > 0:
+            programs += cdiv(M, tile.panel_rows) * tile.parts
+        return (programs,), dict(
+            **strides("xm xk", x),
+            **strides("wn wk", weight),
+            **({} if descriptors else {"x_descriptor": None, "weight_descriptor": None}),
+            **strides("ar ak", lora_A),
+            **strides("bn br", lora_B),
+            **strides("bias", bias),
+            stride_om=N,
+            scale=scale,
+            M=M, N=N, K=K, R=R, RANKS=RANKS,
+            WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
+            PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=panel_k, PANEL_R=panel_r,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
+            BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
+            EVEN_K=K % max(tile.block_k, panel_k) == 0, EVEN_N=N % tile.block_n == 0,
+            PRECISION=input_precision(x.dtype), DEPENDENT=tile.dependent, launch_pdl=tile.dependent,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    made: dict[str, Tensor | None] = {
+        "out_ptr": out,
+        "kept_panel_ptr": panel,
+        "workspace_ptr": x.new_empty(needs.floats, dtype=torch.float32),
+        "flags_ptr": flags_for(x, needs.flags),
+    }
+    launch(decode_kernel, needs.tensors, needs.facts, arguments, made, descriptors)
+    return out, panel
+
+
+class DecodeAgain:
+    """y of a forward that `decode` launched before, without its panel, for other tensors of the same kind.
+
+    The same kind: dtypes, shapes, strides, device and the addresses' alignment, and on that device. x may have other
+    dimensions than the [M, K] of that launch if its elements lie alike; y has them too.
+    """
+
+    def __init__(self, plan: Plan, needs: _Needs, x: Tensor, weight: Tensor) -> None:
+        self.plan, self.floats, self.flags = plan, needs.floats, needs.flags
+        self.out_shape = *x.shape[:-1], len(weight)
+        self.described = needs.blocks is not None
+        rows = x.numel() // x.shape[-1]
+        self.x_layout = (rows, x.shape[-1]), (x.stride(-2), 1)
+        self.weight_layout = tuple(weight.shape), weight.stride()
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        out = x.new_empty(self.out_shape)
+        workspace = x.new_empty(self.floats, dtype=torch.float32)
+        given: list[Any] = [x, weight, lora_A, lora_B, bias, out, None, workspace, flags_for(x, self.flags)]
+        launch = self.plan.launch_watched
+        if not watched():
+            given, launch = [None if tensor is None else tensor.data_ptr() for tensor in given], self.plan.launch
+        if self.described:
+            given += Described(x, *self.x_layout), Described(weight, *self.weight_layout)
+        launch(given)
+        return out
+
+
+def decode_again(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    tile: DecodeTile,
+    enable_lora: Sequence[bool],
+) -> DecodeAgain | None:
+    """For tensors like these; None if `decode` has launched nothing for such, as nothing is in the interpreter."""
+    needs = _needs(x.flatten(0, -2), weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel=False)
+    plan = plan_of(decode_kernel, needs.tensors, needs.facts)
+    return None if plan is None else DecodeAgain(plan, needs, x, weight)

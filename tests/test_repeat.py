@@ -1,0 +1,262 @@
+"""Inference calls that are made again without the way there: when, and that they launch what that way would.
+
+The kernel runs in the interpreter; a stand-in for its plan notes what it would be launched with again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+import fused_lora
+from fused_lora import repeat
+from fused_lora.functional import lora_linear
+from fused_lora.kernels import decode_launch, launch
+
+
+class Plan:
+    """What a launch with one key has kept."""
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+        self.launched: list[list[Any]] = []
+        self.watched: list[list[Any]] = []
+        self.launch, self.launch_watched = self.launched.append, self.watched.append
+
+
+class Launches:
+    """Notes each launch on the way that is not short, and hands out a plan for it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.plans: dict[Any, Plan] = {}
+        self.made: list[dict[str, Any]] = []
+        self.described: list[dict[str, Any]] = []
+        patch.setattr(decode_launch, "launch", self.launch)
+        patch.setattr(decode_launch, "plan_of", lambda *of: self.plans.get(launch._key(*of)[0]))
+
+    def launch(self, kernel, tensors, facts, arguments, made, descriptors) -> None:
+        launch.launch(kernel, tensors, facts, arguments, made, descriptors)
+        self.made.append(made)
+        self.described.append(descriptors)
+        key = launch._key(kernel, tensors, facts)[0]
+        self.plans.setdefault(key, Plan(key))
+
+    @property
+    def again(self) -> list[list[Any]]:
+        return [given for plan in self.plans.values() for given in plan.launched]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    monkeypatch.setattr(repeat, "_calls", OrderedDict())
+    monkeypatch.setattr(repeat, "_here", lambda x: True)
+    with fused_lora.use_backend("decode"), torch.no_grad():
+        yield Launches(monkeypatch)
+
+
+def problem(rows: int = 5, dtype: torch.dtype = torch.bfloat16, **changed: Any) -> dict[str, Any]:
+    """Arguments of a layer of rank 4 between 32 and 48 features."""
+    tensors = {"x": (rows, 32), "weight": (48, 32), "lora_A": (4, 32), "lora_B": (48, 4), "bias": (48,)}
+    return {name: torch.randn(shape, dtype=dtype) for name, shape in tensors.items()} | {"scaling": 0.5} | changed
+
+
+def addresses(t: dict[str, Any]) -> list[int | None]:
+    tensors = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (1, 32), (2, 3, 32), (1, 1, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_call_is_made_again_with_its_own_tensors(launches: Launches, shape: tuple[int, ...], bias: bool) -> None:
+    problems = [problem(x=torch.randn(shape, dtype=torch.bfloat16)) for _ in range(3)]
+    problems = [t if bias else t | {"bias": None} for t in problems]
+    results = [lora_linear(**t) for t in problems]
+    (made,) = launches.made
+    assert len(launches.again) == 2
+    for given, y, t in zip(launches.again, results[1:], problems[1:], strict=True):
+        assert given[:5] == addresses(t) and given[5] == y.data_ptr() and given[6] is None
+        assert y.shape == (*shape[:-1], 48) and y.dtype == torch.bfloat16 and y.is_contiguous()
+    assert results[0].shape == results[1].shape and made["kept_panel_ptr"] is None
+
+
+def test_it_works_in_as_many_words_as_before(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, floats = [], []
+    flags_for = decode_launch.flags_for
+    monkeypatch.setattr(decode_launch, "flags_for", lambda x, count: flags.append(count) or flags_for(x, count))
+    t = problem(37)
+    lora_linear(**t)
+    call = repeat._calls[next(iter(repeat._calls))]
+    floats = [launches.made[0]["workspace_ptr"].numel(), call.floats]
+    lora_linear(**t)
+    assert len(flags) == 2 and flags[0] == flags[1] and floats[0] == floats[1]
+
+
+def test_descriptors_are_of_the_new_tensors(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "launch", lambda *_: None)
+    tile = decode_launch.DecodeTile(16, 16, 16, 4, 1, 16, 16, parts=1, descriptors=True)
+    monkeypatch.setattr("fused_lora.decoding.decode_tile", lambda *_: tile)
+    problems = [problem(x=torch.randn(2, 3, 32, dtype=torch.bfloat16)) for _ in range(2)]
+    for t in problems:
+        lora_linear(**t)
+    ((described,), (given,)) = launches.described, launches.again
+    (x, _), (weight, _) = described.values()
+    for of, was, now in zip(given[9:], (x, weight), (problems[1]["x"], problems[1]["weight"]), strict=True):
+        assert of.base is now and tuple(of.shape) == was.shape and tuple(of.strides) == was.stride()
+
+
+def transposed(t: dict[str, Any]) -> dict[str, Any]:
+    return t | {"weight": t["weight"].T.contiguous(), "fan_in_fan_out": True}
+
+
+OTHERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "rows": lambda t: t | {"x": torch.randn(6, 32, dtype=torch.bfloat16)},
+    "dimensions": lambda t: t | {"x": t["x"][None]},
+    "strides of x": lambda t: t | {"x": t["x"].T.contiguous().T},
+    "alignment of x": lambda t: t | {"x": torch.randn(161, dtype=torch.bfloat16)[1:].view(5, 32)},
+    "strides of weight": lambda t: t | {"weight": t["weight"].T.contiguous().T},
+    "alignment of weight": lambda t: t | {"weight": torch.randn(1537, dtype=torch.bfloat16)[1:].view(48, 32)},
+    "stored transposed": transposed,
+    "dtype": lambda t: problem(dtype=torch.float16),
+    "dtype of the adapter": lambda t: t | {name: t[name].float() for name in ("lora_A", "lora_B")},
+    "rank": lambda t: t | {"lora_A": torch.randn(5, 32).bfloat16(), "lora_B": torch.randn(48, 5).bfloat16()},
+    "strides of lora_A": lambda t: t | {"lora_A": t["lora_A"].T.contiguous().T},
+    "strides of lora_B": lambda t: t | {"lora_B": t["lora_B"].T.contiguous().T},
+    "no bias": lambda t: t | {"bias": None},
+    "strides of bias": lambda t: t | {"bias": torch.randn(96, dtype=torch.bfloat16)[::2]},
+    "scaling": lambda t: t | {"scaling": 0.25},
+    "enable_lora": lambda t: t | {"lora_B": t["lora_B"][:24].contiguous(), "enable_lora": (True, False)},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_another_launch_comes_of_goes_another_way(launches: Launches, other: str) -> None:
+    t = problem()
+    lora_linear(**t)
+    changed = OTHERS[other](t)
+    lora_linear(**changed)
+    assert len(launches.made) == 2 and not launches.again
+    # Each of the two again, which must find what its own launch has kept.
+    for once in (t, changed):
+        lora_linear(**once)
+    assert len(launches.made) == 2 and len(launches.again) == 2
+    assert [given[:5] for given in launches.again] == [addresses(t), addresses(changed)]
+    assert len(launches.plans) == (1 if other == "dimensions" else 2)
+
+
+def test_another_pattern_of_as_many_slices_is_another_launch(launches: Launches) -> None:
+    t = problem()
+    t["lora_B"] = t["lora_B"][:24].contiguous()
+    for pattern in ((True, False), (False, True), (True, False)):
+        lora_linear(**t, enable_lora=pattern)
+    assert len(launches.made) == 2 and len(launches.again) == 1
+
+
+def autocast(t: dict[str, Any]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        lora_linear(**t)
+
+
+def counted(t: dict[str, Any]) -> None:
+    with fused_lora.count_paths() as paths:
+        lora_linear(**t)
+    assert paths == {"forward/decode": 1}
+
+
+def within(block: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
+    def call(t: dict[str, Any]) -> None:
+        with block():
+            lora_linear(**t)
+
+    return call
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+LONG_WAYS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a gradient is wanted": within(torch.enable_grad),
+    "autocast": autocast,
+    "paths are counted": counted,
+    "another backend": within(lambda: fused_lora.use_backend("unfused")),
+    "batch_invariant": within(fused_lora.batch_invariant),
+    "training": lambda t: lora_linear(**t, training=True),
+    "a tensor for scaling": lambda t: lora_linear(**t | {"scaling": torch.tensor(0.5)}),
+    "a subclass": lambda t: lora_linear(**t | {"x": t["x"].as_subclass(Subclass)}),
+}
+
+
+@pytest.mark.parametrize("way", LONG_WAYS)
+def test_whatever_else_matters_goes_the_long_way(launches: Launches, way: str) -> None:
+    t = problem()
+    lora_linear(**t)
+    for _ in range(2):
+        LONG_WAYS[way](t)
+    assert not launches.again
+    lora_linear(**t)
+    assert len(launches.again) == 1
+
+
+def test_a_tensor_elsewhere_than_on_the_current_gpu_goes_the_long_way(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = problem()
+    lora_linear(**t)
+    monkeypatch.setattr(repeat, "_here", lambda x: False)
+    lora_linear(**t)
+    assert len(launches.made) == 2 and not launches.again
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        problem(dtype=torch.float32),
+        problem(0),
+        problem(x=torch.randn(3, 2, 32, dtype=torch.bfloat16).transpose(0, 1)),
+        problem(x=torch.randn(32, dtype=torch.bfloat16)),
+    ],
+    ids=["float32", "no rows", "rows that are no matrix", "one dimension"],
+)
+def test_what_is_no_single_launch_is_not_remembered(launches: Launches, t: dict[str, Any]) -> None:
+    ys = [lora_linear(**t) for _ in range(3)]
+    assert not launches.again and all(torch.equal(y, ys[0]) for y in ys)
+
+
+def test_bad_arguments_are_refused_after_good_ones(launches: Launches) -> None:
+    t = problem()
+    lora_linear(**t)
+    for changed in ({"dropout_p": 2.0}, {"row_offset": -1}, {"column_offset": -1}, {"scaling": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(changed))):
+            lora_linear(**t | changed)
+    with pytest.raises(ValueError, match="bias has shape"):
+        lora_linear(**t | {"bias": torch.randn(47, dtype=torch.bfloat16)})
+
+
+def test_hooks_see_the_tensors(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = problem()
+    lora_linear(**t)
+    monkeypatch.setattr(decode_launch, "watched", lambda: True)
+    y = lora_linear(**t)
+    (plan,) = launches.plans.values()
+    ((x, weight, _, _, _, out, *_),) = plan.watched
+    assert x is t["x"] and weight is t["weight"] and out is y and not plan.launched
+
+
+def test_a_layer_in_eval_mode_repeats_its_calls(launches: Launches) -> None:
+    layer = fused_lora.Linear(32, 48, r=4, merge_weights=False, lora_dropout=0.1).bfloat16().eval()
+    for _ in range(3):
+        layer(torch.randn(5, 32, dtype=torch.bfloat16))
+    assert len(launches.made) == 1 and len(launches.again) == 2
+
+
+def test_few_calls_are_kept(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "_MOST_CALLS", 2)
+    for rows in (1, 2, 3, 3, 2, 1):
+        lora_linear(**problem(rows))
+    assert len(repeat._calls) == 2 and len(launches.again) == 2
