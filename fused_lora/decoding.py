@@ -1,15 +1,22 @@
-"""The same forward as reference.py where nothing is dropped, in one launch for everything."""
+"""The same functions as reference.py for few rows, each in as few launches as there can be.
+
+Those are bound by reading the weight, and by what a launch costs. A forward is one launch, also of many rows if no
+gradient is wanted; of a backward, dyb and dx are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .fused import on
+from .kernels import mask
 from .kernels.decode_launch import DecodeAgain, decode, decode_again
 from .kernels.decode_tiles import decode_tile
 from .reference import Dropout
+from .unfused import product_in
 
 
 def forward(
@@ -20,21 +27,21 @@ def forward(
     lora_B: Tensor,
     *,
     scaling: float,
-    dropout: Dropout | None = None,
+    dropout: Dropout | None,
     enable_lora: Sequence[bool] = (True,),
     tiles_for_rows: int | None = None,
-    keep_panel: bool = False,
-) -> tuple[Tensor, Tensor | None, None]:
-    """y [M, N] and, if kept, its panel xa [M, R], both in x.dtype.
+    keep_panel: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N] and, if kept, its panel xa [M, R], both in x.dtype, and the bits of the mask.
 
     tiles_for_rows: of how many rows the tiles are; None is M.
     """
-    assert dropout is None, "the decode kernel draws no masks"
     rows, in_features = x.shape
     with on(x):
         tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, weight.shape[0])
-        y, xa = decode(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora, keep_panel=keep_panel)
-    return y, xa, None
+        return decode(
+            x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora, dropout=dropout, keep_panel=keep_panel
+        )
 
 
 def again(
@@ -49,3 +56,27 @@ def again(
     """`forward` for other tensors of the same kind, if it was launched for such; x may have other dimensions."""
     tile = decode_tile(x.device, x.dtype, x.numel() // x.shape[-1], x.shape[-1], weight.shape[0])
     return decode_again(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    *,
+    bits: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool] = (True,),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, of a plain layer; da where x is given, db where xa is; scaling includes 1/q."""
+    with on(dy):
+        tile = decode_tile(dy.device, dy.dtype, dy.shape[0], *weight.shape)
+        dx, dyb, _ = decode(dy, weight.t(), None, lora_B.t(), lora_A.t(), scaling, tile, bits=bits)
+        assert dyb is not None
+        da = None
+        if x is not None:
+            da = product_in(dyb.t(), x if bits is None else mask.drop_again(x, bits), dtype)
+        return dx, da, None if xa is None else product_in(dy.t(), xa, dtype)

@@ -31,8 +31,9 @@ class Choice:
     """A path and the reason for it, in words.
 
     "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels. "unfused":
-    cuBLAS for every product, kernels for the masks. "decode": one kernel for the whole of a linear layer, without
-    dropout. "batch_invariant": the same with tiles that no number of rows changes, or row by row where it cannot run.
+    cuBLAS for every product, kernels for the masks. "decode": one kernel for the whole of a linear layer's forward, and
+    for most of its backward. "batch_invariant": that forward with tiles that no number of rows changes, or row by row
+    where it cannot run.
     """
 
     path: Literal["plain", "reference", "triton", "unfused", "decode", "batch_invariant"]
@@ -45,16 +46,18 @@ class Choice:
 # Measured on Hopper; see benchmarks/NOTES.md.
 _FEWEST_ROWS = 2048
 _FEWEST_OUTPUTS = 1 << 21
-# Of a forward alone, on Hopper: up to so many rows whatever the outputs, above for no fewer outputs, and with less than
-# _FEWEST_ROWS for no more. Elsewhere only what is bound by reading the weight.
-_FEW_DECODED, _DECODED_ELSEWHERE = 512, 64
+# On Hopper, of a forward without a mask. Elsewhere what is bound by reading the weight; of backwards only on Hopper.
+_FEW_DECODED, _FEW_DECODED_ELSEWHERE = 512, 64
+# Of a forward alone, on Hopper, with more rows: no fewer outputs, and with less than _FEWEST_ROWS no more.
 _FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS = 2048, 8192
 _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
 _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
 _ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
-_DECODED = Choice("decode", "one launch takes less time where no gradient is wanted and the rows are not so many")
+_FEW_DECODED_ROWS = Choice("decode", "one launch takes less time for few rows")
+_DECODED_ALONE = Choice("decode", "one launch takes less time where no gradient is wanted")
+_ASKED_TO_DECODE = Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
 _INVARIANT = Choice("batch_invariant", "batch_invariant() is in force")
 
 # For the whole process, as torch's own backend flags are: activation checkpointing runs forward again on autograd's
@@ -87,8 +90,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Within the block, and in the backward of what it computes, every layer of the process takes the given path.
 
     backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for masks),
-        "decode" (one kernel for a linear layer without gradients and dropout), or "auto". All but linear layers take
-        "unfused" as "triton"; "decode" is that wherever else. Raises where the kernels cannot run but must.
+        "decode" (one kernel for a linear layer's forward, and for its backward to x), or "auto". All but linear layers
+        take "unfused" as "triton"; "decode" is that wherever else. Raises where the kernels cannot run but must.
     Raises ValueError for any other name.
     """
     global _forced
@@ -195,28 +198,57 @@ def choose_forward(
     in_features: int,
     out_features: int,
     *,
-    decodes: bool,
+    drops: bool,
+    trains: bool,
 ) -> Choice:
-    """The path of a linear layer's forward; decodes: whether nothing is dropped and no gradient wanted.
+    """The path of a linear layer's forward, which draws a mask or not, and keeps something for a backward or not.
 
     As measured in benchmarks/NOTES.md.
     """
     if request == BATCH_INVARIANT:
         return _INVARIANT
     choice = choose_linear(request, device, dtype, adapter_dtype, rows, in_features, out_features)
-    if not decodes or choice.path == "reference":
+    if not _decodes(request, choice, dtype, in_features, out_features):
         return choice
     if request == "decode":
-        return Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
-    if request != "auto" or dtype.itemsize != 2 or in_features % 16 != 0 or out_features % 16 != 0:
+        return _ASKED_TO_DECODE
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if rows <= (_FEW_DECODED if hopper and not drops else _FEW_DECODED_ELSEWHERE):
+        return _FEW_DECODED_ROWS
+    if not hopper or drops or trains:
         return choice
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return _DECODED if rows <= _DECODED_ELSEWHERE else choice
     most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
-    if rows <= _FEW_DECODED or _FEWEST_DECODED_OUTPUTS <= out_features <= most:
-        return _DECODED
+    if _FEWEST_DECODED_OUTPUTS <= out_features <= most:
+        return _DECODED_ALONE
     few = out_features < _FEWEST_DECODED_OUTPUTS and rows < _FEWEST_ROWS_OF_FEW_OUTPUTS
     return _FEW_TILES if few else choice
+
+
+@lru_cache(maxsize=1024)
+def choose_backward(
+    request: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    *features: int,
+    plain: bool,
+) -> Choice:
+    """The path of its backward; plain: whether dx is wanted, of a layer with one adapter for all outputs."""
+    choice = choose_linear(request, device, dtype, adapter_dtype, rows, *features)
+    if not plain or not _decodes(request, choice, dtype, *features):
+        return choice
+    if request == "decode":
+        return _ASKED_TO_DECODE
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return _FEW_DECODED_ROWS if hopper and rows <= _FEW_DECODED_ELSEWHERE else choice
+
+
+def _decodes(request: str, choice: Choice, dtype: torch.dtype, *features: int) -> bool:
+    """Whether one launch for the most of it can be what takes the least time, or was asked for."""
+    if choice.path == "reference" or request not in ("auto", "decode"):
+        return False
+    return request == "decode" or (dtype.itemsize == 2 and not any(size % 16 for size in features))
 
 
 @lru_cache(maxsize=64)
@@ -270,9 +302,8 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
     dropout = layer.lora_dropout
     # With a probability of 1 there is no term to mask.
     drops = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
-    decodes = not wants_gradient and not drops
     dtypes = cast or x.dtype, adapter_dtype
-    return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, decodes=decodes)
+    return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, drops=drops, trains=wants_gradient)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

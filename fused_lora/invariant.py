@@ -23,14 +23,17 @@ def forward(
     scaling: float,
     dropout: Dropout | None,
     enable_lora: Sequence[bool] = (True,),
-) -> tuple[Tensor, Tensor | None, None]:
-    """y [M, N] and its panel xa [M, R], both in x.dtype. Raises RuntimeError if there is a mask to apply."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N] and its panel xa [M, R], both in x.dtype, and no bits.
+
+    Raises RuntimeError if there is a mask to apply.
+    """
     if dropout is not None:
         raise RuntimeError("lora_dropout is in force within batch_invariant(); expected a layer in eval mode.")
     if choose("auto", x.device, x.dtype, lora_A.dtype).path == "triton":
         from . import decoding
 
-        options: dict[str, Any] = {"enable_lora": enable_lora, "tiles_for_rows": 1, "keep_panel": True}
+        options: dict[str, Any] = {"dropout": None, "enable_lora": enable_lora, "tiles_for_rows": 1}
         return decoding.forward(x, weight, bias, lora_A, lora_B, scaling=scaling, **options)
     y, xa = x.new_empty((len(x), len(weight))), x.new_empty((len(x), len(lora_A)))
     for m in range(len(x)):

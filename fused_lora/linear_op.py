@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import BATCH_INVARIANT, autocasts, choose_forward, choose_linear
+from .dispatch import BATCH_INVARIANT, autocasts, choose_backward, choose_forward
 from .ops import (
     differentiates,
     direct,
@@ -57,10 +57,11 @@ def _compute(
     dropout = None
     if seed is not None and (threshold := dropout_threshold(dropout_p)) > 0:
         dropout = Dropout(seed, threshold, row_offset, column_offset)
-    (rows, K), N, decodes = x.shape, weight.shape[0], inference and dropout is None
-    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, rows, K, N, decodes=decodes)
+    (rows, K), N, drops = x.shape, weight.shape[0], dropout is not None
+    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, rows, K, N, drops=drops, trains=not inference)
+    options = {"keep_panel": False} if inference and choice.path == "decode" else {}
     computed: tuple[Tensor, Tensor, Tensor | None] = module_of("forward", choice).forward(
-        x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora
+        x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora, **options
     )
     return computed
 
@@ -97,7 +98,8 @@ def _gradients(
         backend = "reference"
     read = weight if x is None else x
     features = () if read is None else read.shape[1:]
-    choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape, *features)
+    plain = weight is not None and lora_A is not None and lora_B is not None and len(enable_lora) == 1
+    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, plain=plain)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
         dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
     )

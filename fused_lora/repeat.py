@@ -87,6 +87,5 @@ def _is_launched_once(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Se
         return False
     if not all(type(enabled) is bool for enabled in enable_lora):
         return False
-    N, K = weight.shape
-    dtypes = x.dtype, lora_A.dtype
-    return choose_forward(requested_backend(), x.device, *dtypes, x.numel() // K, K, N, decodes=True).path == "decode"
+    (N, K), what = weight.shape, (requested_backend(), x.device, x.dtype, lora_A.dtype)
+    return choose_forward(*what, x.numel() // K, K, N, drops=False, trains=False).path == "decode"

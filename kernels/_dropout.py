@@ -26,14 +26,13 @@ def _wide_product(word, factor: tl.constexpr):
 
 @triton.jit
 def _words(seed_ptr, rows, blocks):
-    """The four uint32 words [ROWS, BLOCKS] of each global row [ROWS] and block of eight columns [BLOCKS].
+    """The four uint32 words of each global row [ROWS, 1] and block of eight columns [1, BLOCKS], all [ROWS, BLOCKS].
 
     What depends on the row or on the block alone, as the first two rounds' products do, is computed for those alone.
     """
     seed = tl.load(seed_ptr).to(tl.uint64)
     key_a, key_b = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1 = blocks[None, :].to(tl.uint32), rows[:, None].to(tl.uint32)
-    c2, c3 = (rows >> 32)[:, None].to(tl.uint32), tl.zeros((1, 1), tl.uint32)
+    c0, c1, c2, c3 = blocks.to(tl.uint32), rows.to(tl.uint32), (rows >> 32).to(tl.uint32), tl.full((), 0, tl.uint32)
     for _ in tl.static_range(7):
         high_a, low_a = _wide_product(c0, PHILOX_ROUND_A)
         high_b, low_b = _wide_product(c2, PHILOX_ROUND_B)
@@ -44,10 +43,15 @@ def _words(seed_ptr, rows, blocks):
 
 
 @triton.jit
-def _packed(keep, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """uint8 [BLOCK_ROWS, BLOCK_COLUMNS // 8] of bool [BLOCK_ROWS, BLOCK_COLUMNS]."""
-    lanes = keep.to(tl.int32).reshape(BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)
-    return tl.sum(lanes << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+def _draw_blocks(seed_ptr, threshold, rows, blocks):
+    """int32 [ROWS, BLOCKS]: bit j says whether column j of a block of eight is kept, in these rows [ROWS]."""
+    w0, w1, w2, w3 = _words(seed_ptr, rows[:, None], blocks[None, :])
+    # A word's high half is compared where it stands.
+    high = threshold << 16
+    bits = tl.where((w0 & 0xFFFF) >= threshold, 1, 0) | tl.where(w0 >= high, 2, 0)
+    bits |= tl.where((w1 & 0xFFFF) >= threshold, 4, 0) | tl.where(w1 >= high, 8, 0)
+    bits |= tl.where((w2 & 0xFFFF) >= threshold, 16, 0) | tl.where(w2 >= high, 32, 0)
+    return bits | tl.where((w3 & 0xFFFF) >= threshold, 64, 0) | tl.where(w3 >= high, 128, 0)
 
 
 @triton.jit
@@ -62,24 +66,14 @@ def draw_tile(
 ):
     """keep, bool [BLOCK_ROWS, BLOCK_COLUMNS], and the same packed, uint8 [BLOCK_ROWS, BLOCK_COLUMNS // 8]."""
     threshold = threshold.to(tl.uint32)
-    if ALIGNED:
-        blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
-        w0, w1, w2, w3 = _words(seed_ptr, rows, blocks)
-        # A word's high half is compared where it stands. Every lane becomes its bit of the byte at once, and is taken
-        # from it again: by tl.join and a reshape, the dot that follows would read its operands by single words.
-        high = threshold << 16
-        bits = tl.where((w0 & 0xFFFF) >= threshold, 1, 0) | tl.where(w0 >= high, 2, 0)
-        bits |= tl.where((w1 & 0xFFFF) >= threshold, 4, 0) | tl.where(w1 >= high, 8, 0)
-        bits |= tl.where((w2 & 0xFFFF) >= threshold, 16, 0) | tl.where(w2 >= high, 32, 0)
-        bits |= tl.where((w3 & 0xFFFF) >= threshold, 64, 0) | tl.where(w3 >= high, 128, 0)
-        return unpacked(bits, BLOCK_ROWS, BLOCK_COLUMNS), bits.to(tl.uint8)
-    else:
-        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-        w0, w1, w2, w3 = _words(seed_ptr, rows, columns // 8)
-        lane = (columns % 8)[None, :]
-        word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
-        keep = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16) >= threshold
-        return keep, _packed(keep, BLOCK_ROWS, BLOCK_COLUMNS)
+    blocks = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
+    bits = _draw_blocks(seed_ptr, threshold, rows, blocks)
+    if not ALIGNED:
+        shift = (first_column % 8).to(tl.int32)
+        bits = ((bits >> shift) | (_draw_blocks(seed_ptr, threshold, rows, blocks + 1) << (8 - shift))) & 255
+    # The lanes are taken from the byte again: by tl.join and a reshape, the dot that follows would read its operands by
+    # single words.
+    return unpacked(bits, BLOCK_ROWS, BLOCK_COLUMNS), bits.to(tl.uint8)
 
 
 @triton.jit

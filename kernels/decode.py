@@ -1,13 +1,16 @@
-"""A LoRA layer's forward in one launch: out = x @ w.T + (scale * x @ a.T) @ b.T + bias.
+"""A LoRA layer's forward, or its backward to x, in one launch: a product and its low-rank term.
+
+forward   y  = x @ w.T + (scale * (keep * x) @ a.T) @ b.T + bias
+backward  dx = dy @ w  + keep * (scale * dy @ b) @ a          with dy for x, w.T for w, b.T for a, a.T for b
 
 Few rows are bound by reading w, and each further launch costs a good part of the whole layer; with many, the panel is
-computed where the last wave of tiles leaves multiprocessors idle. The first programs compute the panel
-xa = scale * x @ a.T, each over a part of K; the last of a tile's to arrive adds the parts up in a fixed order. All
+computed where the last wave of tiles leaves multiprocessors idle. The first programs compute the panel, the product in
+brackets, each over a part of the contraction; the last of a tile's to arrive adds the parts up in a fixed order. All
 other programs stream w meanwhile, each for its own columns of out, and wait for the panel only before their last, small
 product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits for nobody. The
 last program of all leaves the flags as it found them, at zero.
 
-A row's bits do not depend on other rows, nor, with the same tiles, on how many there are.
+Without dropout a row's bits do not depend on other rows, nor, with the same tiles, on how many there are.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
+from ._dropout import bit_ptrs, draw_tile, in_bits, unpacked
 from ._slices import enabled_among, enabled_slice
 from .launch import stated_work
 
@@ -26,21 +30,24 @@ from .launch import stated_work
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     x, out, factors = args["x_ptr"], args["out_ptr"], (args["lora_A_ptr"], args["lora_B_ptr"])
     flops = 2.0 * (x.numel() * args["N"] + len(x) * sum(factor.numel() for factor in factors))
-    return stated_work("decode", flops, x, args["weight_ptr"], *factors, args["bias_ptr"], out, dtype=x.dtype)
+    others = (args["weight_ptr"], *factors, args["bias_ptr"], args["drawn_ptr"], args["bits_ptr"], out)
+    return stated_work("decode", flops, x, *others, dtype=x.dtype)
 
 
 @triton.jit
 def _produce(
     x_ptr, stride_xm, stride_xk,
     lora_A_ptr, stride_ar, stride_ak,
+    drawn_ptr, stride_dm,
+    seed_ptr, threshold, row_offset, column_offset,
     parts_ptr, panel_ptr, ready_ptr, arrived_ptr,
     scale,
     M, K, RANKS,
     tile, part,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of K of a tile of the panel; the last to arrive adds them up."""
+    """One part of K of a tile of the panel; the last to arrive adds them up. Draws the mask if there is a seed."""
     rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = (rows < M)[:, None]
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), PARTS)
@@ -57,6 +64,14 @@ def _produce(
                 in_x = in_x & (inner < K)[None, :]
                 in_A = in_A & (inner < K)[:, None]
             x = tl.load(x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk, mask=in_x, other=0.0)
+            if seed_ptr is not None:
+                keep, bits = draw_tile(
+                    seed_ptr, threshold, rows + row_offset, start + column_offset, BLOCK_M, BLOCK_K, ALIGNED
+                )  # fmt: skip
+                # The first piece of the ranks stores the bits for all of them.
+                ptrs = bit_ptrs(drawn_ptr, stride_dm, rows, start, BLOCK_K)
+                tl.store(ptrs, bits, mask=in_bits(rows, start, tl.where(start_r == 0, M, 0), K, BLOCK_K))
+                x = tl.where(keep, x, tl.zeros_like(x))
             A_ptrs = lora_A_ptr + ranks[None, :].to(tl.int64) * stride_ar + inner[:, None] * stride_ak
             factor = tl.load(A_ptrs, mask=in_A, other=0.0)
             acc = accumulate(x, factor.to(x.dtype), acc, PRECISION)
@@ -104,13 +119,15 @@ def _finish(
     lora_B_ptr, stride_bn, stride_br,
     bias_ptr, stride_bias,
     out_ptr, stride_om,
+    bits_ptr, stride_bm,
     panel_ptr, ready_ptr, done_ptr,
     rows, columns, tile_n, panel_tiles, finishers,
     M, N, R, RANKS,
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Waits for the panel, adds the low-rank product and the bias to acc, and stores."""
+    """Waits for the panel, adds the low-rank product, masked if there are bits, and the bias to acc, and stores."""
     in_rows = (rows < M)[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -126,6 +143,9 @@ def _finish(
         while ready < panel_tiles:
             ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
         tl.debug_barrier()
+        base = acc
+        if bits_ptr is not None:
+            acc = tl.zeros_like(acc)
         panel_row_ptrs = panel_ptr + rows[:, None] * RANKS
         in_panel = in_rows & in_ranks[None, :]
         panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
@@ -138,6 +158,11 @@ def _finish(
             in_panel = in_rows & in_ranks[None, :]
             panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
             acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
+        if bits_ptr is not None:
+            ptrs = bit_ptrs(bits_ptr, stride_bm, rows, tile_n.to(tl.int64) * BLOCK_N, BLOCK_N)
+            in_mask = in_bits(rows, tile_n.to(tl.int64) * BLOCK_N, M, N, BLOCK_N)
+            keep = unpacked(tl.load(ptrs, mask=in_mask, other=0), BLOCK_M, BLOCK_N)
+            acc = base + tl.where(keep, acc, 0.0)
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & (columns < N)[None, :])
     if tl.atomic_add(done_ptr, 1, sem="acq_rel") == finishers - 1:
@@ -145,7 +170,10 @@ def _finish(
         tl.store(done_ptr, 0)
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["M"])
+@triton.jit(
+    launch_metadata=_work,
+    do_not_specialize=["M", "stride_dm", "stride_bm", "threshold", "row_offset", "column_offset"],
+)
 def decode_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
     weight_ptr, stride_wn, stride_wk,  # [N, K]
@@ -154,6 +182,9 @@ def decode_kernel(
     lora_B_ptr, stride_bn, stride_br,  # [enabled * WIDTH, R]
     bias_ptr, stride_bias,  # [N]
     out_ptr, stride_om,  # [M, N]
+    drawn_ptr, stride_dm,  # bits of the mask on x for the panel, [M, cdiv(K, 8)], drawn here if there is a seed
+    seed_ptr, threshold, row_offset, column_offset,
+    bits_ptr, stride_bm,  # bits of the mask on the low-rank term, [M, cdiv(N, 8)], or None
     kept_panel_ptr,  # [M, RANKS], or None: then it is in the workspace
     workspace_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1, [PARTS, M, RANKS], the panel
     flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
@@ -163,7 +194,8 @@ def decode_kernel(
     PARTS: tl.constexpr, PANEL_ROWS: tl.constexpr, PANEL_K: tl.constexpr, PANEL_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
@@ -183,11 +215,13 @@ def decode_kernel(
         _produce(
             x_ptr, stride_xm, stride_xk,
             lora_A_ptr, stride_ar, stride_ak,
+            drawn_ptr, stride_dm,
+            seed_ptr, threshold, row_offset, column_offset,
             parts_ptr, panel_ptr, flags_ptr, flags_ptr + 2 + program // PARTS,
             scale,
             M, K, RANKS,
             program // PARTS, program % PARTS,
-            PARTS, PANEL_ROWS, PANEL_K, PANEL_R, EVEN_K, PRECISION,
+            PARTS, PANEL_ROWS, PANEL_K, PANEL_R, EVEN_K, ALIGNED, PRECISION,
         )  # fmt: skip
     else:
         tile = (program - producers) // SPLITS
@@ -243,8 +277,9 @@ def decode_kernel(
                 lora_B_ptr, stride_bn, stride_br,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om,
+                bits_ptr, stride_bm,
                 panel_ptr, flags_ptr, flags_ptr + 1,
                 rows, columns, tile_n, panel_tiles, tiles_m * tiles_n,
                 M, N, R, RANKS,
-                WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
+                WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
             )  # fmt: skip

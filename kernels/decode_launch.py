@@ -15,20 +15,40 @@ from .decode import decode_kernel
 from .decode_tiles import DecodeTile
 from .flags import flags_for
 from .fused_linear import describable
-from .launch import Described, Plan, cdiv, input_precision, launch, plan_of, strides, watched
+from .launch import (
+    Described,
+    Dropout,
+    Plan,
+    cdiv,
+    dropout_arguments,
+    dropout_facts,
+    input_precision,
+    launch,
+    plan_of,
+    strides,
+    watched,
+)
 
 # Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
 RANK_STEP = 64
 WIDE_RANK_STEP = 32
 WIDE = 128 * 64
 GROUP_M = 32
+# Elements of a mask that a warp draws at once.
+MOST_DRAWN = 1024
 
 
-def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor) -> int:
-    """The panel's step over K: the tile's, or less if wide factors would take more shared memory than the output."""
-    panel_k, element = tile.panel_k, x.element_size()
+def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, draws: bool) -> int:
+    """The panel's step over K: the tile's, or less.
+
+    Wide factors would take more shared memory than the output, and a mask drawn at once more registers than there are,
+    as would addresses in a factor whose rows are not contiguous.
+    """
+    panel_k, element = tile.panel_k if lora_A.stride(1) == 1 else min(tile.panel_k, 64), x.element_size()
     of_output = (tile.block_m + tile.block_n) * tile.block_k * element
     while panel_k > 16 and (tile.panel_rows * element + ranks * lora_A.element_size()) * panel_k > of_output:
+        panel_k //= 2
+    while draws and panel_k > 16 and tile.panel_rows * panel_k > MOST_DRAWN * tile.num_warps:
         panel_k //= 2
     return panel_k
 
@@ -54,6 +74,8 @@ def _needs(
     tile: DecodeTile,
     enable_lora: Sequence[bool],
     keep_panel: bool,
+    dropout: Dropout | None = None,
+    bits: Tensor | None = None,
 ) -> _Needs:
     M, N = len(x), len(weight)
     tiles, panel_tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), cdiv(M, tile.panel_rows)
@@ -64,8 +86,17 @@ def _needs(
     blocks = None
     if tile.descriptors and describable(x) and describable(weight):
         blocks = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k]
-    tensors = {"x_ptr": x, "weight_ptr": weight, "lora_A_ptr": lora_A, "lora_B_ptr": lora_B, "bias_ptr": bias}
-    return _Needs(tensors, (tile, input_precision(x.dtype), scale, keep_panel, *enable_lora), floats, flags, blocks)
+    tensors = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "lora_A_ptr": lora_A,
+        "lora_B_ptr": lora_B,
+        "seed_ptr": None if dropout is None else dropout.seed,
+        "bits_ptr": bits,
+    }
+    facts = (tile, input_precision(x.dtype), scale, keep_panel, *dropout_facts(dropout), *enable_lora)
+    return _Needs(tensors, facts, floats, flags, blocks)
 
 
 def decode(
@@ -78,17 +109,24 @@ def decode(
     tile: DecodeTile,
     enable_lora: Sequence[bool] = (True,),
     *,
+    dropout: Dropout | None = None,
+    bits: Tensor | None = None,
     keep_panel: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and, if kept, its panel xa [M, enabled * R], both in x's dtype, of x [M, K], weight [N, K].
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N], its panel xa [M, enabled * R] if kept, both in x's dtype, and the bits of the mask, [M, cdiv(K, 8)].
 
-    lora_A is [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no term, and no panel.
+    Of x [M, K], weight [N, K], lora_A [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no
+    term, and no panel. dropout: on x for the panel; 1/q is applied beside scale, and without it there are no bits.
+    bits: of a mask on the low-rank term, [M, cdiv(N, 8)].
     """
     (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
     out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS)) if keep_panel else None
+    drawn = None if dropout is None else x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8)
     if M == 0 or N == 0:
-        return out, panel
-    needs = _needs(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel)
+        return out, panel, drawn
+    if dropout is not None:
+        scale /= dropout.keep_probability
+    needs = _needs(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel, dropout, bits)
     descriptors: dict[str, tuple[Tensor, list[int]]] = {}
     if needs.blocks is not None:
         descriptors = {"x_descriptor": (x, needs.blocks[0]), "weight_descriptor": (weight, needs.blocks[1])}
@@ -97,7 +135,7 @@ def decode(
         width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
         touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
         block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
-        panel_k = _panel_k(tile, panel_r, x, lora_A)
+        panel_k = _panel_k(tile, panel_r, x, lora_A, dropout is not None)
         programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * tile.splits
         if R > 0:
             programs += cdiv(M, tile.panel_rows) * tile.parts
@@ -109,6 +147,8 @@ def decode(
             **strides("bn br", lora_B),
             **strides("bias", bias),
             stride_om=N,
+            **strides("dm", drawn), **dropout_arguments(dropout),
+            **strides("bm", bits),
             scale=scale,
             M=M, N=N, K=K, R=R, RANKS=RANKS,
             WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
@@ -122,12 +162,13 @@ def decode(
 
     made: dict[str, Tensor | None] = {
         "out_ptr": out,
+        "drawn_ptr": drawn,
         "kept_panel_ptr": panel,
         "workspace_ptr": x.new_empty(needs.floats, dtype=torch.float32),
         "flags_ptr": flags_for(x, needs.flags),
     }
     launch(decode_kernel, needs.tensors, needs.facts, arguments, made, descriptors)
-    return out, panel
+    return out, panel, drawn
 
 
 class DecodeAgain:
@@ -148,7 +189,8 @@ class DecodeAgain:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         out = x.new_empty(self.out_shape)
         workspace = x.new_empty(self.floats, dtype=torch.float32)
-        given: list[Any] = [x, weight, lora_A, lora_B, bias, out, None, workspace, flags_for(x, self.flags)]
+        flags = flags_for(x, self.flags)
+        given: list[Any] = [x, weight, bias, lora_A, lora_B, None, None, out, None, None, workspace, flags]
         launch = self.plan.launch_watched
         if not watched():
             given, launch = [None if tensor is None else tensor.data_ptr() for tensor in given], self.plan.launch

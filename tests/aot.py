@@ -79,6 +79,7 @@ CASES = [
     Case("bfloat16", "float32", 64, dropout=True, fan_in_fan_out=True),
     Case("bfloat16", "bfloat16", 256, dropout=True),
     Case("bfloat16", "bfloat16", 16, dropout=True, column_offset=5, shape=(37, 53, 41)),
+    Case("bfloat16", "bfloat16", 16, dropout=True, column_offset=5),
     Case("bfloat16", "float32", 128, shape=(37, 53, 41)),
     Case("float32", "float32", 16, dropout=True),
     Case("float32", "float32", 64, dropout=True, tf32=True),
@@ -95,6 +96,8 @@ DECODED = [
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (1, 32, 64, 128, 256, 512, 2048) for n in WIDTHS),
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
     *(Case("bfloat16", "float32", 256, shape=(m, 4096, 4096)) for m in (32, 64, 128, 256, 512, 2048)),
+    *(Case("bfloat16", "bfloat16", 16, dropout=True, shape=(m, 4096, 4096)) for m in (1, 32, 64, 128, 256, 512)),
+    *(Case("bfloat16", "float32", 256, dropout=True, column_offset=5, shape=(m, 4096, 1024)) for m in (32, 128, 512)),
     Case("bfloat16", "bfloat16", 0, shape=(16, 4096, 4096)),
     Case("bfloat16", "bfloat16", 16, shape=(16, 4096, 12288), enable_lora=(True, False, True)),
     Case("bfloat16", "bfloat16", 16, shape=(16, 1600, 4800), enable_lora=(True, True, True), fan_in_fan_out=True),
@@ -144,7 +147,13 @@ def tensors_of(case: Case) -> tuple[torch.Tensor, ...]:
 
 
 def compile_decode(case: Case) -> None:
-    decoding.forward(*tensors_of(case), scaling=2.0, enable_lora=case.enable_lora)
+    x, weight, bias, lora_A, lora_B = tensors_of(case)
+    dropout = Dropout(torch.zeros(1, dtype=torch.int64), 6554, column_offset=case.column_offset)
+    options = {"scaling": 2.0, "dropout": dropout if case.dropout else None, "enable_lora": case.enable_lora}
+    bits = decoding.forward(x, weight, bias, lora_A, lora_B, **options)[2]
+    if case.enable_lora == (True,) and 0 < len(x) <= 128:
+        gradients = {"bits": bits, "scaling": 2.0, "dtype": lora_A.dtype}
+        decoding.backward(x.new_empty(len(x), len(weight)), None, weight, lora_A, lora_B, None, **gradients)
 
 
 def compile_case(case: Case) -> None:

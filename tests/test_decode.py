@@ -12,6 +12,7 @@ from numerics import assert_as_accurate_as
 from fused_lora.kernels.decode_launch import decode
 from fused_lora.kernels.decode_tiles import DecodeTile
 from fused_lora.kernels.flags import flags_for
+from fused_lora.reference import Dropout
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, panel_rows=16, panel_k=32, parts=2)
@@ -45,7 +46,7 @@ def expected(t: dict[str, torch.Tensor], enable_lora: tuple[bool, ...]) -> torch
 @pytest.mark.usefixtures("poisoned_allocations")
 def test_is_as_accurate_as_torch(tile: DecodeTile, shape, enable_lora: tuple[bool, ...], device: str) -> None:
     t = problem(shape, len(enable_lora), sum(enable_lora), device)
-    y, _ = decode(**t, scale=0.5, tile=tile, enable_lora=enable_lora)
+    y, *_ = decode(**t, scale=0.5, tile=tile, enable_lora=enable_lora)
     truth = expected({name: tensor.double() for name, tensor in t.items()}, enable_lora)
     assert_as_accurate_as(y, expected(t, enable_lora), truth)
 
@@ -59,9 +60,71 @@ def test_touches_only_its_arguments_and_writes_every_element_once(tile: DecodeTi
 
     t = problem(shape, 1, 1, "cpu")
     with checked_addresses() as counts:
-        y, panel = decode(**t, scale=0.5, tile=tile)
+        y, panel, _ = decode(**t, scale=0.5, tile=tile)
     assert counts["launches"] == 1
     assert not y.isnan().any() and not panel.isnan().any()
+
+
+def bit_of(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """bool [rows, columns] of packed bits."""
+    lanes = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return ((bits[:, :, None] >> lanes) & 1).flatten(1)[:, :columns].bool()
+
+
+@TILES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0), (3, 8), (2**32 - 2, 5)], ids=str)
+@pytest.mark.usefixtures("poisoned_allocations")
+def test_draws_the_mask_of_the_panel(tile: DecodeTile, shape, offsets: tuple[int, int], device: str) -> None:
+    t = problem(shape, 1, 1, device)
+    dropout = Dropout(torch.tensor([-7], device=device), 20_000, *offsets)
+    y, panel, bits = decode(**t, scale=0.5, tile=tile, dropout=dropout)
+    keep = dropout.mask(*t["x"].shape)
+    assert torch.equal(bits, dropout.bits(*t["x"].shape))
+    scale = 0.5 / dropout.keep_probability
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias, lora_A, lora_B) -> tuple[torch.Tensor, torch.Tensor]:
+        xa = scale * ((x * keep) @ lora_A.T)
+        return x @ weight.T + bias + xa @ lora_B.T, xa
+
+    same_dtype, exact = forward(**t), forward(**{name: tensor.double() for name, tensor in t.items()})
+    for actual, yardstick, truth in zip((y, panel), same_dtype, exact, strict=True):
+        assert_as_accurate_as(actual, yardstick, truth)
+
+
+@TILES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("poisoned_allocations")
+def test_masks_the_term_by_given_bits(tile: DecodeTile, shape, transposed: bool, device: str) -> None:
+    t = problem(shape, 1, 1, device)
+    if transposed:
+        t["weight"] = t["weight"].T.contiguous().T
+    (rows, _), columns = t["x"].shape, len(t["weight"])
+    bits = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device=device)
+    y, *_ = decode(**t, scale=0.5, tile=tile, bits=bits)
+    keep = bit_of(bits, columns)
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias, lora_A, lora_B) -> torch.Tensor:
+        return x @ weight.T + bias + keep * (0.5 * (x @ lora_A.T) @ lora_B.T)
+
+    assert_as_accurate_as(y, forward(**t), forward(**{name: tensor.double() for name, tensor in t.items()}))
+
+
+@interpreted
+@TILES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned_allocations")
+def test_masks_touch_only_their_bits_and_write_each_byte_once(tile: DecodeTile, shape) -> None:
+    from interpreter import checked_addresses
+
+    t = problem(shape, 1, 1, "cpu")
+    (rows, _), columns = t["x"].shape, len(t["weight"])
+    given = torch.zeros((rows, -(-columns // 8)), dtype=torch.uint8)
+    with checked_addresses() as counts:
+        decode(**t, scale=0.5, tile=tile, dropout=Dropout(torch.tensor([3]), 20_000))
+        decode(**t, scale=0.5, tile=tile, bits=given)
+    assert counts["launches"] == 2
 
 
 @TILES
@@ -71,8 +134,8 @@ def test_leaves_its_flags_at_zero(tile: DecodeTile, device: str, monkeypatch: py
     given: list[torch.Tensor] = []
     monkeypatch.setattr(module, "flags_for", lambda *args: given.append(flags_for(*args)) or given[-1])
     t = problem((37, 64, 96, 16), 1, 1, device)
-    first, _ = decode(**t, scale=0.5, tile=tile)
-    again, _ = decode(**t, scale=0.5, tile=tile)
+    first, *_ = decode(**t, scale=0.5, tile=tile)
+    again, *_ = decode(**t, scale=0.5, tile=tile)
     assert torch.equal(first, again)
     assert len(given) == 2 and not any(flags.any() for flags in given)
 
@@ -80,7 +143,7 @@ def test_leaves_its_flags_at_zero(tile: DecodeTile, device: str, monkeypatch: py
 @TILES
 def test_a_row_depends_neither_on_other_rows_nor_on_their_number(tile: DecodeTile, device: str) -> None:
     t = problem((37, 64, 96, 16), 1, 1, device)
-    y, _ = decode(**t, scale=0.5, tile=tile)
+    y, *_ = decode(**t, scale=0.5, tile=tile)
     for rows in (slice(0, 1), slice(5, 22), slice(36, 37)):
-        some, _ = decode(**t | {"x": t["x"][rows]}, scale=0.5, tile=tile)
+        some, *_ = decode(**t | {"x": t["x"][rows]}, scale=0.5, tile=tile)
         assert torch.equal(some, y[rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import assert_as_accurate_as
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_lora
 from fused_lora.functional import lora_linear

@@ -56,15 +56,17 @@ def test_an_adapter_that_is_copied_in_place_is_followed(device: str) -> None:
         assert torch.equal(layer(x), expected) and not torch.equal(before, expected)
 
 
-@pytest.mark.parametrize("reason", ["gradient", "dropout"])
-def test_what_keeps_something_for_a_backward_or_drops_is_no_single_launch(reason: str, device: str) -> None:
-    layer = layer_of("linear", device, lora_dropout=0.5).train(reason == "dropout")
-    x = torch.randn(5, 48, device=device)
-    with fused_lora.use_backend("decode"), torch.set_grad_enabled(reason == "gradient"):
-        with fused_lora.count_paths() as paths:
-            layer(x)
-        assert dict(paths) == {"forward/triton": 1}
-        assert fused_lora.explain(layer, x).path == "triton"
+@pytest.mark.parametrize("kind", ["linear", "merged"])
+def test_training_takes_it_too(kind: str, device: str) -> None:
+    """A backward only of a plain layer, and only if dx is wanted."""
+    layer = layer_of(kind, device, lora_dropout=0.5).train()
+    for requires_grad in (True, False):
+        x = torch.randn(5, 48, device=device, requires_grad=requires_grad)
+        with fused_lora.use_backend("decode"), fused_lora.count_paths() as paths:
+            assert fused_lora.explain(layer, x).path == "decode"
+            layer(x).sum().backward()
+        backward = "decode" if kind == "linear" and requires_grad else "triton"
+        assert dict(paths) == {"forward/decode": 1, f"backward/{backward}": 1}
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def test_explain_agrees_with_what_runs(p: float, training: bool, device: str) ->
         layer(x)
     with fused_lora.use_backend("decode"):
         assert dict(paths) == {f"forward/{fused_lora.explain(layer, x).path}": 1}
-    assert ("forward/triton" in paths) == (p < 1 and training)
+    assert set(paths) == {"forward/decode"}
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def test_explain_says_path_and_reason() -> None:
 
 
 def test_explain_agrees_with_what_runs(backend: str, device: str) -> None:
-    layer, x = Linear(8, 4, r=2, device=device), torch.randn(3, 8, device=device)
+    layer, x = Linear(8, 4, r=2, device=device), torch.randn(3, 8, device=device, requires_grad=True)
     choice = fused_lora.explain(layer, x)
     with fused_lora.count_paths() as paths:
         layer(x).sum().backward()
@@ -87,7 +87,7 @@ def test_counting_ends_with_its_block() -> None:
 
 def forget() -> None:
     """What was chosen before, for another machine as it were."""
-    for choose in (dispatch.choose, dispatch.choose_linear, dispatch.choose_forward):
+    for choose in (dispatch.choose, dispatch.choose_linear, dispatch.choose_forward, dispatch.choose_backward):
         choose.cache_clear()
 
 
@@ -142,30 +142,60 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     forget()
 
 
+ALONE = {"drops": False, "trains": False}
+KINDS = [{"drops": drops, "trains": trains} for drops in (False, True) for trains in (False, True)]
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
 def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.device) -> None:
-    half, single = torch.bfloat16, torch.float32
     cases = {
-        (half, 1, 4096, 4096): "decode",
-        (half, 512, 4096, 1024): "decode",
-        (half, 1024, 4096, 4096): "decode",
-        (half, 1024, 4096, 14336): "unfused",
-        (half, 2048, 4096, 14336): "decode",
-        (half, 2048, 4096, 1024): "unfused",
-        (half, 4096, 4096, 1024): "triton",
-        (half, 8192, 4096, 4096): "decode",
-        (half, 1, 4100, 4096): "unfused",
-        (half, 1, 4096, 4100): "unfused",
-        (single, 1, 4096, 4096): "unfused",
+        (HALF, 1, 4096, 4096): "decode",
+        (HALF, 512, 4096, 1024): "decode",
+        (HALF, 1024, 4096, 4096): "decode",
+        (HALF, 1024, 4096, 14336): "unfused",
+        (HALF, 2048, 4096, 14336): "decode",
+        (HALF, 2048, 4096, 1024): "unfused",
+        (HALF, 4096, 4096, 1024): "triton",
+        (HALF, 8192, 4096, 4096): "decode",
+        (HALF, 1, 4100, 4096): "unfused",
+        (HALF, 1, 4096, 4100): "unfused",
+        (SINGLE, 1, 4096, 4096): "unfused",
     }
     for (dtype, *sizes), path in cases.items():
-        choice = dispatch.choose_forward("auto", gpu, dtype, dtype, *sizes, decodes=True)
+        choice = dispatch.choose_forward("auto", gpu, dtype, dtype, *sizes, **ALONE)
         assert choice.path == path and choice.reason, (dtype, sizes)
-        kept = dispatch.choose_forward("auto", gpu, dtype, dtype, *sizes, decodes=False)
-        assert kept == dispatch.choose_linear("auto", gpu, dtype, dtype, *sizes)
-        # A request stands; what the single launch cannot give is the other kernels'.
+        # A request stands.
         for backend in ("reference", "triton", "unfused", "decode"):
-            assert dispatch.choose_forward(backend, gpu, dtype, dtype, *sizes, decodes=True).path == backend
-        assert dispatch.choose_forward("decode", gpu, dtype, dtype, *sizes, decodes=False).path == "triton"
+            for kind in KINDS:
+                assert dispatch.choose_forward(backend, gpu, dtype, dtype, *sizes, **kind).path == backend
+
+
+def test_a_forward_that_keeps_or_drops_something_takes_one_launch_for_few_rows_only(gpu: torch.device) -> None:
+    most = {(False, True): 512, (True, False): 64, (True, True): 64}
+    for (drops, trains), rows in most.items():
+        for features in ((4096, 4096), (4096, 1024), (14336, 4096)):
+            few, more = (
+                dispatch.choose_forward("auto", gpu, HALF, HALF, m, *features, drops=drops, trains=trains)
+                for m in (rows, rows + 1)
+            )
+            assert few.path == "decode" and few.reason
+            assert more == dispatch.choose_linear("auto", gpu, HALF, HALF, rows + 1, *features)
+        odd = dispatch.choose_forward("auto", gpu, HALF, HALF, 1, 4096, 4100, drops=drops, trains=trains)
+        single = dispatch.choose_forward("auto", gpu, SINGLE, SINGLE, 1, 4096, 4096, drops=drops, trains=trains)
+        assert odd.path == single.path == "unfused"
+
+
+def test_a_backward_of_few_rows_takes_one_launch_for_dx(gpu: torch.device) -> None:
+    sizes = 4096, 14336
+    for rows, path in ((0, "decode"), (64, "decode"), (65, "unfused"), (8192, "triton")):
+        assert dispatch.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=True).path == path
+        plainly = dispatch.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=False)
+        assert plainly == dispatch.choose_linear("auto", gpu, HALF, HALF, rows, *sizes)
+    for backend in ("reference", "triton", "unfused", "decode"):
+        assert dispatch.choose_backward(backend, gpu, SINGLE, SINGLE, 8192, *sizes, plain=True).path == backend
+    assert dispatch.choose_backward("decode", gpu, HALF, HALF, 1, *sizes, plain=False).path == "triton"
+    for dtype, features in ((SINGLE, sizes), (HALF, (4096, 4100)), (HALF, (4100, 4096))):
+        assert dispatch.choose_backward("auto", gpu, dtype, dtype, 1, *features, plain=True).path == "unfused"
 
 
 def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
@@ -173,6 +203,8 @@ def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     forget()
+    half, sizes = torch.float16, (4096, 4096)
     for rows, path in ((64, "decode"), (65, "unfused"), (8192, "triton")):
-        half = torch.float16
-        assert dispatch.choose_forward("auto", gpu, half, half, rows, 4096, 4096, decodes=True).path == path
+        for kind in KINDS:
+            assert dispatch.choose_forward("auto", gpu, half, half, rows, *sizes, **kind).path == path
+    assert dispatch.choose_backward("auto", gpu, half, half, 1, *sizes, plain=True).path == "unfused"

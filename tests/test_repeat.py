@@ -23,11 +23,11 @@ from fused_lora.kernels import decode_launch, launch
 class Plan:
     """What a launch with one key has kept."""
 
-    def __init__(self, key: Any) -> None:
-        self.key = key
-        self.launched: list[list[Any]] = []
-        self.watched: list[list[Any]] = []
-        self.launch, self.launch_watched = self.launched.append, self.watched.append
+    def __init__(self, names: list[str]) -> None:
+        self.launched: list[dict[str, Any]] = []
+        self.watched: list[dict[str, Any]] = []
+        self.launch = lambda given: self.launched.append(dict(zip(names, given, strict=True)))
+        self.launch_watched = lambda given: self.watched.append(dict(zip(names, given, strict=True)))
 
 
 class Launches:
@@ -44,11 +44,10 @@ class Launches:
         launch.launch(kernel, tensors, facts, arguments, made, descriptors)
         self.made.append(made)
         self.described.append(descriptors)
-        key = launch._key(kernel, tensors, facts)[0]
-        self.plans.setdefault(key, Plan(key))
+        self.plans.setdefault(launch._key(kernel, tensors, facts)[0], Plan([*tensors, *made, *descriptors]))
 
     @property
-    def again(self) -> list[list[Any]]:
+    def again(self) -> list[dict[str, Any]]:
         return [given for plan in self.plans.values() for given in plan.launched]
 
 
@@ -66,9 +65,10 @@ def problem(rows: int = 5, dtype: torch.dtype = torch.bfloat16, **changed: Any) 
     return {name: torch.randn(shape, dtype=dtype) for name, shape in tensors.items()} | {"scaling": 0.5} | changed
 
 
-def addresses(t: dict[str, Any]) -> list[int | None]:
-    tensors = [t[name] for name in ("x", "weight", "lora_A", "lora_B", "bias")]
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def has_addresses_of(given: dict[str, Any], t: dict[str, Any]) -> bool:
+    tensors = {name: t[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")}
+    expected = {f"{name}_ptr": None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    return expected == {name: given[name] for name in expected}
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (1, 32), (2, 3, 32), (1, 1, 32)])
@@ -80,7 +80,8 @@ def test_a_call_is_made_again_with_its_own_tensors(launches: Launches, shape: tu
     (made,) = launches.made
     assert len(launches.again) == 2
     for given, y, t in zip(launches.again, results[1:], problems[1:], strict=True):
-        assert given[:5] == addresses(t) and given[5] == y.data_ptr() and given[6] is None
+        assert has_addresses_of(given, t) and given["out_ptr"] == y.data_ptr()
+        assert [given[f"{name}_ptr"] for name in ("seed", "bits", "drawn", "kept_panel")] == [None] * 4
         assert y.shape == (*shape[:-1], 48) and y.dtype == torch.bfloat16 and y.is_contiguous()
     assert results[0].shape == results[1].shape and made["kept_panel_ptr"] is None
 
@@ -106,7 +107,8 @@ def test_descriptors_are_of_the_new_tensors(launches: Launches, monkeypatch: pyt
         lora_linear(**t)
     ((described,), (given,)) = launches.described, launches.again
     (x, _), (weight, _) = described.values()
-    for of, was, now in zip(given[9:], (x, weight), (problems[1]["x"], problems[1]["weight"]), strict=True):
+    for name, was, now in (("x", x, problems[1]["x"]), ("weight", weight, problems[1]["weight"])):
+        of = given[f"{name}_descriptor"]
         assert of.base is now and tuple(of.shape) == was.shape and tuple(of.strides) == was.stride()
 
 
@@ -145,7 +147,8 @@ def test_what_another_launch_comes_of_goes_another_way(launches: Launches, other
     for once in (t, changed):
         lora_linear(**once)
     assert len(launches.made) == 2 and len(launches.again) == 2
-    assert [given[:5] for given in launches.again] == [addresses(t), addresses(changed)]
+    for given, once in zip(launches.again, (t, changed), strict=True):
+        assert has_addresses_of(given, once)
     assert len(launches.plans) == (1 if other == "dimensions" else 2)
 
 
@@ -244,8 +247,9 @@ def test_hooks_see_the_tensors(launches: Launches, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decode_launch, "watched", lambda: True)
     y = lora_linear(**t)
     (plan,) = launches.plans.values()
-    ((x, weight, _, _, _, out, *_),) = plan.watched
-    assert x is t["x"] and weight is t["weight"] and out is y and not plan.launched
+    (given,) = plan.watched
+    assert given["x_ptr"] is t["x"] and given["weight_ptr"] is t["weight"] and given["out_ptr"] is y
+    assert not plan.launched
 
 
 def test_a_layer_in_eval_mode_repeats_its_calls(launches: Launches) -> None:
