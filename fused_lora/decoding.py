@@ -1,7 +1,7 @@
 """The same functions as reference.py for few rows, each in as few launches as there can be.
 
 Those are bound by reading the weight, and by what a launch costs. A forward is one launch, also of many rows if no
-gradient is wanted; of a backward, dyb and dx are.
+gradient is wanted; a backward is two.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from .fused import on
-from .kernels import mask
 from .kernels.decode_launch import DecodeAgain, decode, decode_again
 from .kernels.decode_tiles import decode_tile
+from .kernels.few_rows_grad import few_rows_grad
 from .reference import Dropout
-from .unfused import product_in
 
 
 def forward(
@@ -76,7 +75,4 @@ def backward(
         tile = decode_tile(dy.device, dy.dtype, dy.shape[0], *weight.shape)
         dx, dyb, _ = decode(dy, weight.t(), None, lora_B.t(), lora_A.t(), scaling, tile, bits=bits)
         assert dyb is not None
-        da = None
-        if x is not None:
-            da = product_in(dyb.t(), x if bits is None else mask.drop_again(x, bits), dtype)
-        return dx, da, None if xa is None else product_in(dy.t(), xa, dtype)
+        return dx, *few_rows_grad(dy, dyb, x, xa, bits, dtype)

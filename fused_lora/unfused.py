@@ -16,7 +16,7 @@ from .fused import effective_weight, embedding, on
 from .kernels import mask
 from .reference import Dropout, in_dtype, product
 
-__all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels", "product_in"]
+__all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels"]
 
 
 def _enabled(matrix: Tensor, enable_lora: Sequence[bool]) -> list[Tensor]:
@@ -24,7 +24,7 @@ def _enabled(matrix: Tensor, enable_lora: Sequence[bool]) -> list[Tensor]:
     return list(compress(matrix.tensor_split(len(enable_lora), 1), enable_lora))
 
 
-def product_in(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in dtype, from float32 sums."""
     if left.dtype == dtype:
         return torch.mm(left, right)
@@ -75,7 +75,7 @@ def grad_panels(
     if len(enable_lora) > 1:
         return _grad_panels_of_slices(dy, lora_B, xa, scaling, dtype, enable_lora)
     dyb = None if lora_B is None else product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
-    return dyb, None if xa is None else product_in(dy.t(), xa, dtype)
+    return dyb, None if xa is None else _product(dy.t(), xa, dtype)
 
 
 def _grad_panels_of_slices(
@@ -93,7 +93,7 @@ def _grad_panels_of_slices(
         dyb = _joined([product(piece, factor, scaling) for piece, factor in zip(columns, factors, strict=True)], 1)
     if xa is not None:
         panels = xa.tensor_split(enabled, 1)
-        db = _joined([product_in(piece.t(), panel, dtype) for piece, panel in zip(columns, panels, strict=True)], 0)
+        db = _joined([_product(piece.t(), panel, dtype) for piece, panel in zip(columns, panels, strict=True)], 0)
     return dyb, db
 
 
@@ -125,7 +125,7 @@ def backward(
         elif bits is not None and x is not None:
             kept = mask.drop_again(x, bits)
         if kept is not None:
-            da = product_in(dyb.t(), kept, dtype)
+            da = _product(dyb.t(), kept, dtype)
     return dx, da, db
 
 

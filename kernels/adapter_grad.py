@@ -44,7 +44,7 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 def _adapter_grad_kernel(
     left_ptr, stride_lm, stride_li,  # [M, SLICES * I]
     panel_ptr, stride_pm, stride_pr,  # [M, enabled * R]
-    grad_ptr, stride_gs, stride_gi, stride_gr,  # [splits, enabled * I, R]
+    grad_ptr, stride_gs, stride_gi, stride_gr,  # [splits, enabled * I, R], in the gradient's dtype if that is the whole
     factor_ptr, stride_fi, stride_fr,  # [enabled * I, R], or None
     product_ptr, stride_ds, stride_dm, stride_dr,  # left @ factor, [tiles of I, M, enabled * R], or None
     bits_ptr, stride_bm,  # [M, cdiv(I, 8)], or None
@@ -93,7 +93,7 @@ def _adapter_grad_kernel(
             left = tl.where(unpacked(bits, BLOCK_M, BLOCK_I), left, tl.zeros_like(left))
         acc = accumulate(left.T, panel, acc, PRECISION)
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
-    tl.store(grad_ptrs, acc, mask=(inner[:, None] < I) & in_ranks)
+    tl.store(grad_ptrs, acc.to(grad_ptr.dtype.element_ty), mask=(inner[:, None] < I) & in_ranks)
 
 
 def _launch(
@@ -102,11 +102,14 @@ def _launch(
     factor: Tensor | None,
     bits: Tensor | None,
     tile: AdapterGradTile,
+    dtype: torch.dtype,
     enable_lora: Sequence[bool] = (True,),
     *,
     transposed: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
+
+    In float32; a single gradient, which is whole, in `dtype`.
 
     With slices, the enabled ones' gradients and products stand one after another in I and in R respectively.
     """
@@ -118,7 +121,7 @@ def _launch(
     rows = tile.block_m * cdiv(steps, min(steps, max(1, tile.programs // (enabled * grid_i * grid_r))))
     splits = cdiv(M, rows)
     shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
-    grad = left.new_empty(shape, dtype=torch.float32)
+    grad = left.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)
     product = None if factor is None else left.new_empty((grid_i, M, enabled * R), dtype=torch.float32)
     precision = input_precision(left.dtype)
 
@@ -143,7 +146,7 @@ def _launch(
         "bits_ptr": bits,
     }
     made = {"grad_ptr": grad, "product_ptr": product}
-    launch(_adapter_grad_kernel, tensors, (tile, precision, transposed, *enable_lora), arguments, made)
+    launch(_adapter_grad_kernel, tensors, (tile, precision, transposed, grad.dtype, *enable_lora), arguments, made)
     return grad, product
 
 
@@ -168,7 +171,7 @@ def grad_panels(
         return dyb, xa.new_zeros((enabled * I, R), dtype=dtype)
     factor = lora_B if R <= FUSED_RANK else None
     tile = tiles_for(dy.device, dy.dtype, I).adapter_grad[rank_block(R)]
-    partial_db, partial_dyb = _launch(dy, xa, factor, None, tile, enable_lora, transposed=False)
+    partial_db, partial_dyb = _launch(dy, xa, factor, None, tile, torch.float32, enable_lora, transposed=False)
     if partial_dyb is not None:
         return reduce(partial_dyb, dy.dtype, scaling, (partial_db, dtype))
     dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
@@ -181,4 +184,5 @@ def grad_lora_A(dyb: Tensor, x: Tensor, bits: Tensor | None, dtype: torch.dtype)
         return x.new_zeros((dyb.shape[1], x.shape[1]), dtype=dtype)
     tiles = tiles_for(x.device, x.dtype, x.shape[1])
     tile = (tiles.adapter_grad if bits is None else tiles.grad_lora_A)[rank_block(dyb.shape[1])]
-    return reduce(_launch(x, dyb, None, bits, tile, transposed=True)[0], dtype)[0]
+    grad, _ = _launch(x, dyb, None, bits, tile, dtype, transposed=True)
+    return reduce(grad, dtype)[0] if len(grad) > 1 else grad[0]

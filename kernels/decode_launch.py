@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,18 +53,23 @@ def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, draws: boo
     return panel_k
 
 
-@dataclass(slots=True)
-class _Needs:
-    """What a launch is found by, how many words it works in, and the blocks by which the copy engine reads x and w."""
+@lru_cache(maxsize=1024)
+def _words(tile: DecodeTile, M: int, N: int, RANKS: int) -> tuple[int, int]:
+    """How many numbers, float32, and flags a launch works in."""
+    tiles, panel_tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), cdiv(M, tile.panel_rows)
+    floats, flags = (tile.parts + 1) * M * RANKS, 2 + panel_tiles
+    if tile.splits > 1:
+        floats += tiles * tile.splits * tile.block_m * tile.block_n
+        flags += tiles
+    return floats, flags
 
-    tensors: dict[str, Tensor | None]
-    facts: tuple[Any, ...]
-    floats: int
-    flags: int
-    blocks: tuple[list[int], list[int]] | None
+
+def _described(tile: DecodeTile, x: Tensor, weight: Tensor) -> bool:
+    """Whether the copy engine reads x and weight."""
+    return tile.descriptors and describable(x) and describable(weight)
 
 
-def _needs(
+def _found_by(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -74,18 +79,10 @@ def _needs(
     tile: DecodeTile,
     enable_lora: Sequence[bool],
     keep_panel: bool,
-    dropout: Dropout | None = None,
-    bits: Tensor | None = None,
-) -> _Needs:
-    M, N = len(x), len(weight)
-    tiles, panel_tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n), cdiv(M, tile.panel_rows)
-    floats, flags = (tile.parts + 1) * M * len(lora_A), 2 + panel_tiles
-    if tile.splits > 1:
-        floats += tiles * tile.splits * tile.block_m * tile.block_n
-        flags += tiles
-    blocks = None
-    if tile.descriptors and describable(x) and describable(weight):
-        blocks = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k]
+    dropout: Dropout | None,
+    bits: Tensor | None,
+) -> tuple[dict[str, Tensor | None], tuple[Hashable, ...]]:
+    """The tensors and facts by which `launch` finds a plan."""
     tensors = {
         "x_ptr": x,
         "weight_ptr": weight,
@@ -95,8 +92,7 @@ def _needs(
         "seed_ptr": None if dropout is None else dropout.seed,
         "bits_ptr": bits,
     }
-    facts = (tile, input_precision(x.dtype), scale, keep_panel, *dropout_facts(dropout), *enable_lora)
-    return _Needs(tensors, facts, floats, flags, blocks)
+    return tensors, (tile, input_precision(x.dtype), scale, keep_panel, *dropout_facts(dropout), *enable_lora)
 
 
 def decode(
@@ -126,10 +122,12 @@ def decode(
         return out, panel, drawn
     if dropout is not None:
         scale /= dropout.keep_probability
-    needs = _needs(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel, dropout, bits)
+    given = _found_by(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel, dropout, bits)
+    floats, flags = _words(tile, M, N, RANKS)
     descriptors: dict[str, tuple[Tensor, list[int]]] = {}
-    if needs.blocks is not None:
-        descriptors = {"x_descriptor": (x, needs.blocks[0]), "weight_descriptor": (weight, needs.blocks[1])}
+    if _described(tile, x, weight):
+        descriptors["x_descriptor"] = x, [tile.block_m, tile.block_k]
+        descriptors["weight_descriptor"] = weight, [tile.block_n, tile.block_k]
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
@@ -164,10 +162,10 @@ def decode(
         "out_ptr": out,
         "drawn_ptr": drawn,
         "kept_panel_ptr": panel,
-        "workspace_ptr": x.new_empty(needs.floats, dtype=torch.float32),
-        "flags_ptr": flags_for(x, needs.flags),
+        "workspace_ptr": x.new_empty(floats, dtype=torch.float32),
+        "flags_ptr": flags_for(x, flags),
     }
-    launch(decode_kernel, needs.tensors, needs.facts, arguments, made, descriptors)
+    launch(decode_kernel, *given, arguments, made, descriptors)
     return out, panel, drawn
 
 
@@ -178,13 +176,11 @@ class DecodeAgain:
     dimensions than the [M, K] of that launch if its elements lie alike; y has them too.
     """
 
-    def __init__(self, plan: Plan, needs: _Needs, x: Tensor, weight: Tensor) -> None:
-        self.plan, self.floats, self.flags = plan, needs.floats, needs.flags
-        self.out_shape = *x.shape[:-1], len(weight)
-        self.described = needs.blocks is not None
-        rows = x.numel() // x.shape[-1]
-        self.x_layout = (rows, x.shape[-1]), (x.stride(-2), 1)
-        self.weight_layout = tuple(weight.shape), weight.stride()
+    def __init__(self, plan: Plan, x: Tensor, rows: Tensor, weight: Tensor, lora_A: Tensor, tile: DecodeTile) -> None:
+        self.plan, self.out_shape = plan, (*x.shape[:-1], len(weight))
+        self.floats, self.flags = _words(tile, len(rows), len(weight), len(lora_A))
+        self.described = _described(tile, rows, weight)
+        self.x_layout, self.weight_layout = (tuple(rows.shape), rows.stride()), (tuple(weight.shape), weight.stride())
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         out = x.new_empty(self.out_shape)
@@ -211,6 +207,7 @@ def decode_again(
     enable_lora: Sequence[bool],
 ) -> DecodeAgain | None:
     """For tensors like these; None if `decode` has launched nothing for such, as nothing is in the interpreter."""
-    needs = _needs(x.flatten(0, -2), weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel=False)
-    plan = plan_of(decode_kernel, needs.tensors, needs.facts)
-    return None if plan is None else DecodeAgain(plan, needs, x, weight)
+    rows = x.flatten(0, -2)
+    given = _found_by(rows, weight, bias, lora_A, lora_B, scale, tile, enable_lora, False, None, None)
+    plan = plan_of(decode_kernel, *given)
+    return None if plan is None else DecodeAgain(plan, x, rows, weight, lora_A, tile)

@@ -75,7 +75,7 @@ HOPPER = _by_rows(
         DecodeTile(16, 128, 128, 4, 4, panel_rows=16, panel_k=128, parts=4, dependent=True),
     ),
     up_to_32=(
-        DecodeTile(32, 32, 128, 4, 5, panel_rows=32, panel_k=128, parts=4, splits=4, dependent=True),
+        DecodeTile(32, 32, 128, 4, 7, panel_rows=32, panel_k=64, parts=4, splits=4, dependent=True),
         DecodeTile(32, 128, 128, 4, 4, panel_rows=32, panel_k=128, parts=4, dependent=True),
     ),
     up_to_64=(
@@ -105,6 +105,7 @@ BLACKWELL = MappingProxyType({rows: tiles for rows, tiles in HOPPER.items() if r
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
 
 
+@lru_cache(maxsize=1024)
 def decode_tile(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> DecodeTile:
     """The tile for an input [rows, inputs] and an output [rows, outputs]."""
     if device.type == "cpu":
@@ -114,7 +115,6 @@ def decode_tile(device: torch.device, dtype: torch.dtype, rows: int, inputs: int
     return fitted(capability(device), processors(device), rows, outputs)
 
 
-@lru_cache(maxsize=1024)
 def fitted(capability: int, processors: int, rows: int, outputs: int) -> DecodeTile:
     """Of 16-bit numbers and sizes that are multiples of 16, on a GPU with so many multiprocessors."""
     table = TABLES.get(capability, SAFE)

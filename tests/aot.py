@@ -150,10 +150,10 @@ def compile_decode(case: Case) -> None:
     x, weight, bias, lora_A, lora_B = tensors_of(case)
     dropout = Dropout(torch.zeros(1, dtype=torch.int64), 6554, column_offset=case.column_offset)
     options = {"scaling": 2.0, "dropout": dropout if case.dropout else None, "enable_lora": case.enable_lora}
-    bits = decoding.forward(x, weight, bias, lora_A, lora_B, **options)[2]
+    _, xa, bits = decoding.forward(x, weight, bias, lora_A, lora_B, **options)
     if case.enable_lora == (True,) and 0 < len(x) <= 128:
         gradients = {"bits": bits, "scaling": 2.0, "dtype": lora_A.dtype}
-        decoding.backward(x.new_empty(len(x), len(weight)), None, weight, lora_A, lora_B, None, **gradients)
+        decoding.backward(x.new_empty(len(x), len(weight)), x, weight, lora_A, lora_B, xa, **gradients)
 
 
 def compile_case(case: Case) -> None:

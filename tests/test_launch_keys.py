@@ -13,10 +13,19 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 import fused_lora
 from fused_lora.functional import effective_weight, lora_embedding, lora_linear
-from fused_lora.kernels import adapter_grad, decode_launch, fused_linear, low_rank_update, mask, panel, reduce
+from fused_lora.kernels import (
+    adapter_grad,
+    decode_launch,
+    few_rows_grad,
+    fused_linear,
+    low_rank_update,
+    mask,
+    panel,
+    reduce,
+)
 from fused_lora.kernels import launch as module
 
-LAUNCHERS = (adapter_grad, decode_launch, fused_linear, low_rank_update, mask, panel, reduce)
+LAUNCHERS = (adapter_grad, decode_launch, few_rows_grad, fused_linear, low_rank_update, mask, panel, reduce)
 
 
 class Keys(OrderedDict):

@@ -67,7 +67,7 @@ ARROWS = {
     "weight_op": {"dispatch", "ops", "reference"},
     "ops": {"decoding", "dispatch", "fused", "invariant", "reference", "unfused"},
     "invariant": {"decoding", "dispatch", "reference"},
-    "decoding": {"fused", "kernels", "reference", "unfused"},
+    "decoding": {"fused", "kernels", "reference"},
     "unfused": {"fused", "kernels", "reference"},
     "fused": {"kernels", "reference"},
     "dispatch": set(),
