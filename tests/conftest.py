@@ -25,7 +25,17 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton", "unfused", "decode"])
+# Where else "decode" is "triton".
+LINEAR_LAYERS = ("test_op", "test_merged_linear", "test_direct", "test_dispatch", "test_gpt2", "test_warmup")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        decode = ["decode"] if metafunc.module.__name__ in LINEAR_LAYERS else []
+        metafunc.parametrize("backend", ["reference", "triton", "unfused", *decode], indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest):
     """Runs the test once on each path, and checks that this path was taken, or for what "decode" is not, "triton"."""
     if request.param != "reference" and not HAS_TRITON:
