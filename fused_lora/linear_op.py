@@ -159,7 +159,10 @@ def _fake_backward(
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves only what the wanted gradients read: x, the panel xa, the parameters, and one bit per element of x."""
+    """Saves only what the wanted gradients read: x, the panel xa, the parameters, and one bit per element of x.
+
+    unwatched: whether `direct` holds for all tensors.
+    """
 
     @staticmethod
     def forward(
@@ -176,10 +179,11 @@ class _LoRALinear(torch.autograd.Function):
         row_offset: int,
         column_offset: int,
         backend: str,
+        unwatched: bool = False,
     ) -> Tensor:
         wants_dx, wants_dw, _, wants_da, wants_db = ctx.needs_input_grad[:5]
         tensors, rest = (x, weight, bias, lora_A, lora_B), (scaling, dropout_p, row_offset, column_offset, backend)
-        if direct(*tensors, seed):
+        if unwatched:
             y, xa, bits = _compute(False, *tensors, enable_lora, seed, *rest)
         else:
             y, xa, bits = torch.ops.fused_lora.lora_linear_forward(*tensors, enable_lora, seed, *rest)
@@ -200,8 +204,9 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        others = (None,) * (len(ctx.needs_input_grad) - 5)
         if dy is None:
-            return (None,) * 12
+            return (None,) * 5 + others
         saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
@@ -215,7 +220,7 @@ class _LoRALinear(torch.autograd.Function):
                 dw = dy.T @ x
             if wants_dbias:
                 dbias = dy.sum(0)
-        return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *(None,) * 7
+        return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *others
 
 
 _apply = direct_apply(_LoRALinear)
@@ -223,11 +228,11 @@ _apply = direct_apply(_LoRALinear)
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
     """The op of the same name, or what it would do, called directly; x is two-dimensional."""
-    tensors = (x, weight, bias, lora_A, lora_B)
-    if not direct(*tensors) or autocasts(x):
+    tensors, seed = (x, weight, bias, lora_A, lora_B), rest[1]
+    if not direct(*tensors, seed) or autocasts(x):
         return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
     if differentiates(*tensors):
-        return _apply(*tensors, *rest)  # type: ignore[no-any-return]
+        return _apply(*tensors, *rest, True)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)
 
 

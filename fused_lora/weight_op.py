@@ -42,31 +42,43 @@ def _fake(weight: Tensor, *arguments: Any) -> Tensor:
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """Saves lora_A and lora_B, each only if the other's gradient is wanted."""
+    """Saves lora_A and lora_B, each only if the other's gradient is wanted.
+
+    unwatched: whether `direct` holds for all tensors.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        backend: str,
+        unwatched: bool = False,
+    ) -> Tensor:
         _, wants_da, wants_db = ctx.needs_input_grad[:3]
         ctx.save_for_backward(lora_A if wants_db else None, lora_B if wants_da else None)
-        ctx.scaling, ctx.matrix = scaling, (lora_B.shape[0], lora_A.shape[1])
+        ctx.scaling, ctx.matrix, ctx.dtype = scaling, (lora_B.shape[0], lora_A.shape[1]), lora_A.dtype
         ctx.set_materialize_grads(False)
-        compute = _effective_weight if direct(weight, lora_A, lora_B) else torch.ops.fused_lora.lora_effective_weight
+        compute = _effective_weight if unwatched else torch.ops.fused_lora.lora_effective_weight
         return compute(weight, lora_A, lora_B, scaling, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        others = (None,) * (len(ctx.needs_input_grad) - 3)
         if g is None:
-            return (None,) * 5
+            return (None,) * 3 + others
         lora_A, lora_B = ctx.saved_tensors
         da = db = None
-        matrix = g if g.dim() == 2 else g.reshape(ctx.matrix)
         with without_autocast(g):
+            matrix = in_dtype(g if g.dim() == 2 else g.reshape(ctx.matrix), ctx.dtype)
             if lora_B is not None:
-                da = product(lora_B.t(), in_dtype(matrix, lora_B.dtype), ctx.scaling, lora_A)
+                da = product(lora_B.t(), matrix, ctx.scaling, lora_A)
             if lora_A is not None:
-                db = product(in_dtype(matrix, lora_A.dtype), lora_A.t(), ctx.scaling, lora_B)
-        return g if ctx.needs_input_grad[0] else None, da, db, None, None
+                db = product(matrix, lora_A.t(), ctx.scaling, lora_B)
+        return g if ctx.needs_input_grad[0] else None, da, db, *others
 
 
 _apply = direct_apply(_EffectiveWeight)
@@ -78,7 +90,7 @@ def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_effective_weight(*tensors, scaling, backend)  # type: ignore[no-any-return]
     if differentiates(*tensors):
-        return _apply(*tensors, scaling, backend)  # type: ignore[no-any-return]
+        return _apply(*tensors, scaling, backend, True)  # type: ignore[no-any-return]
     return _effective_weight(*tensors, scaling, backend)
 
 

@@ -38,7 +38,7 @@ GROUP_M = 32
 MOST_DRAWN = 1024
 
 
-def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, draws: bool) -> int:
+def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, dropout: Dropout | None) -> int:
     """The panel's step over K: the tile's, or less.
 
     Wide factors would take more shared memory than the output, and a mask drawn at once more registers than there are,
@@ -48,8 +48,11 @@ def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, draws: boo
     of_output = (tile.block_m + tile.block_n) * tile.block_k * element
     while panel_k > 16 and (tile.panel_rows * element + ranks * lora_A.element_size()) * panel_k > of_output:
         panel_k //= 2
-    while draws and panel_k > 16 and tile.panel_rows * panel_k > MOST_DRAWN * tile.num_warps:
-        panel_k //= 2
+    if dropout is not None:
+        # Columns that start within a byte take two draws.
+        most = MOST_DRAWN * tile.num_warps // (2 if dropout.column_offset % 8 else 1)
+        while panel_k > 16 and tile.panel_rows * panel_k > most:
+            panel_k //= 2
     return panel_k
 
 
@@ -133,7 +136,7 @@ def decode(
         width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
         touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
         block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
-        panel_k = _panel_k(tile, panel_r, x, lora_A, dropout is not None)
+        panel_k = _panel_k(tile, panel_r, x, lora_A, dropout)
         programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * tile.splits
         if R > 0:
             programs += cdiv(M, tile.panel_rows) * tile.parts
