@@ -26,7 +26,7 @@ def device() -> str:
 
 
 # Where else "decode" is "triton".
-LINEAR_LAYERS = ("test_op", "test_merged_linear", "test_direct", "test_dispatch", "test_gpt2", "test_warmup")
+LINEAR_LAYERS = ("test_op", "test_merged_linear", "test_direct", "test_dispatch", "test_gpt2")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

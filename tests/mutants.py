@@ -43,6 +43,10 @@ UNFUSED = "fused_lora/unfused.py"
 MASKS = "kernels/mask.py"
 DECODE = "kernels/decode.py"
 DECODE_TILES = "kernels/decode_tiles.py"
+DECODE_LAUNCH = "kernels/decode_launch.py"
+FEW_ROWS = "kernels/few_rows_grad.py"
+RANKS = "kernels/_ranks.py"
+REPEAT = "fused_lora/repeat.py"
 DISPATCH = "fused_lora/dispatch.py"
 INVARIANT = "fused_lora/invariant.py"
 LOOKUP = "kernels/lookup.py"
@@ -75,6 +79,8 @@ ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "t
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
 KEYS = ("tests/test_launch_keys.py",)
+AGAIN = ("tests/test_repeat.py",)
+FEW = ("tests/test_few_rows_grad.py",)
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -151,19 +157,19 @@ MUTANTS = (
     Mutant("no mask in dx", REFERENCE, "_kept(dyb @ lora_A.to(dy.dtype), bits)", "dyb @ lora_A.to(dy.dtype)", TORCH),
     Mutant("no mask in da", REFERENCE, "_kept(x, bits).to(dtype)", "x.to(dtype)", TORCH),
     Mutant("no 1/q in xa", REFERENCE, "scaling * inverse_q)", "scaling)", TORCH),
-    Mutant("da halved", ADAPTER, "transposed=True)[0], dtype)[0]", "transposed=True)[0], dtype, 0.5)[0]", TRITON),
+    Mutant("da halved", ADAPTER, "reduce(grad, dtype)[0] if", "reduce(grad, dtype, 0.5)[0] if", TRITON),
     Mutant("da halved", REFERENCE, "return dyb.T.to(dtype) @", "return 0.5 * dyb.T.to(dtype) @", TORCH),
     Mutant("dB 2 % too large", REDUCE, "other_out_ptr, 1.0,", "other_out_ptr, 1.02,", TRITON),
     Mutant("db of unscaled xa", REFERENCE, "panels = xa.to(dtype)", "panels = (xa.to(dtype) / scaling)", TORCH),
-    Mutant("mask one row off", DROPOUT, "rows = rows[:, None]", "rows = rows[:, None] + 1", TRITON),
+    Mutant("mask one row off", DROPOUT, "(seed_ptr, rows[:, None],", "(seed_ptr, rows[:, None] + 1,", TRITON),
     Mutant(
         "mask one block off, aligned",
         DROPOUT,
-        "        blocks = first_column // 8",
-        "        blocks = 1 + first_column // 8",
+        "(seed_ptr, threshold, rows, blocks)\n    if",
+        "(seed_ptr, threshold, rows, blocks + 1)\n    if",
         TRITON,
     ),
-    Mutant("mask one block off, unaligned", DROPOUT, "rows, columns // 8,", "rows, 1 + columns // 8,", TRITON_OFFSETS),
+    Mutant("mask one block off, unaligned", DROPOUT, "rows, blocks + 1)", "rows, blocks + 2)", TRITON_OFFSETS),
     Mutant(
         "threshold itself dropped", DROPOUT, "(w0 & 0xFFFF) >= threshold", "(w0 & 0xFFFF) > threshold", KERNEL_MASKS
     ),
@@ -190,11 +196,13 @@ MUTANTS = (
         "rows, first_column, M",
         HALF_MASKS,
     ),
-    Mutant("halves of words swapped, unaligned", DROPOUT, "lane % 2 == 0", "lane % 2 == 1", TRITON_OFFSETS),
-    Mutant("row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32) + zero", "zero", TRITON_OFFSETS),
+    Mutant("blocks joined where they are not cut", DROPOUT, "<< (8 - shift)", "<< (7 - shift)", TRITON_OFFSETS),
+    Mutant(
+        "row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32)", "(rows * 0).to(tl.uint32)", TRITON_OFFSETS
+    ),
     Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "tl.load(seed_ptr) & 0xFFFFFFFF", KERNEL_MASKS),
     Mutant("seed by address", DROPOUT, "tl.load(seed_ptr)", "seed_ptr.to(tl.int64)", TRITON),
-    Mutant("ten rounds of Philox", DROPOUT, "zero, 7)", "zero, 10)", TRITON),
+    Mutant("ten rounds of Philox", DROPOUT, "static_range(7)", "static_range(10)", TRITON),
     Mutant(
         "mask one row off",
         REFERENCE,
@@ -252,11 +260,9 @@ MUTANTS = (
         "torch.zeros(1, dtype=torch.int64, device=device)",
         OPTIONS,
     ),
-    Mutant(
-        "rank tail read on both sides", LINEAR, "panel_ptrs = panel_ptr", "R += BLOCK_R; panel_ptrs = panel_ptr", TRITON
-    ),
-    Mutant("rank tail of the panel read", LINEAR, " & (ranks[None, :] < R)", "", ADDRESSES),
-    Mutant("rank tail of the factor read", LINEAR, "(ranks[:, None] < R) & ", "", ADDRESSES),
+    Mutant("rank tail read on both sides", RANKS, "panel = load_panel(", "R += BLOCK_R; panel = load_panel(", TRITON),
+    Mutant("rank tail of the panel read", RANKS, " & (ranks[None, :] < R)", "", ADDRESSES),
+    Mutant("rank tail of the factor read", RANKS, "(ranks[:, None] < R) & ", "", ADDRESSES),
     Mutant(
         "last ranks skipped, no dropout", LINEAR, "SLICE_STEPS * RANK_STEPS)", "SLICE_STEPS * RANK_STEPS - 1)", TRITON
     ),
@@ -330,7 +336,7 @@ MUTANTS = (
     Mutant("the first slice's rows of lora_B", LINEAR, "(e - slice).to", "(0 * e - slice).to", MERGED),
     Mutant("a tile's last slice skipped", LINEAR, "SLICE_STEPS * RANK_STEPS", "RANK_STEPS", NARROW_SLICES),
     Mutant("slices past a tile's read", LINEAR, "tl.where(e < last, R, 0)", "R", LAUNCHES),
-    Mutant("adapters reach into the next slice", LINEAR, "= columns < last_column", "= columns >= 0", MERGED),
+    Mutant("adapters reach into the next slice", RANKS, "= columns < last_column", "= columns >= 0", MERGED),
     Mutant("slices counted one too far", SLICES, "(slice > s)", "(slice >= s)", MERGED),
     Mutant("dyb of the wrong slice", PANEL, "enabled_slice(e, SLICES, ENABLED).to", "e.to", MERGED_RANKS),
     Mutant(
@@ -361,7 +367,11 @@ MUTANTS = (
         LOOKUPS_TORCH,
     ),
     Mutant(
-        "effective weight's dA unscaled", WEIGHT_OP, "lora_B.dtype), ctx.scaling,", "lora_B.dtype), 1.0,", CONVOLUTIONS
+        "effective weight's dA unscaled",
+        WEIGHT_OP,
+        "lora_B.t(), matrix, ctx.scaling,",
+        "lora_B.t(), matrix, 1.0,",
+        CONVOLUTIONS,
     ),
     Mutant("convolutions ignore dropout", CONV, "dropout_in_force(self.lora_dropout) == 0", "True", CONVOLUTIONS),
     Mutant(
@@ -417,12 +427,65 @@ MUTANTS = (
     Mutant("scale forgotten", DECODE, "(total * scale).to", "total.to", ONE_LAUNCH),
     Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),
     Mutant("no batch invariance", DISPATCH, "    if invariant_blocks:\n", "    if False:\n", ONE_LAUNCH_PATH),
-    Mutant("one launch kept from few rows", DISPATCH, "if rows <= _FEW_DECODED or", "if", ONE_LAUNCH_PATH),
+    Mutant(
+        "one launch kept from few rows",
+        DISPATCH,
+        "if rows <= (_FEW_DECODED if",
+        "if -1 > (_FEW_DECODED if",
+        ONE_LAUNCH_PATH,
+    ),
     Mutant("a plan for every dtype", REDUCE, "(scale, dtype, None if other is None else other[1])", "(scale,)", KEYS),
     Mutant(
         "a plan for every scaling", PANEL, "facts = (tile, precision, scale, *", "facts = (tile, precision, *", KEYS
     ),
-    Mutant("a plan for every pattern", DECODE, "scale, keep_panel, *enable_lora)", "scale, keep_panel)", KEYS),
+    Mutant(
+        "a plan for every pattern",
+        DECODE_LAUNCH,
+        "*dropout_facts(dropout), *enable_lora)",
+        "*dropout_facts(dropout))",
+        KEYS,
+    ),
+    Mutant("a mask drawn but not applied", DECODE, "x = tl.where(keep, x, tl.zeros_like(x))", "x = x", ONE_LAUNCH),
+    Mutant("given bits ignored", DECODE, "base + tl.where(keep, acc, 0.0)", "base + acc", ONE_LAUNCH),
+    Mutant(
+        "given bits mask the base too",
+        DECODE,
+        "base + tl.where(keep, acc, 0.0)",
+        "tl.where(keep, base + acc, 0.0)",
+        ONE_LAUNCH,
+    ),
+    Mutant("1/q missing from the one launch", DECODE_LAUNCH, "scale /= dropout.keep_probability", "pass", ONE_LAUNCH),
+    Mutant("bits stored for a later piece of ranks", DECODE, "start_r == 0, M, 0", "start_r == 64, M, 0", ONE_LAUNCH),
+    Mutant(
+        "da of few rows without its mask",
+        FEW_ROWS,
+        "left = tl.where(unpacked(bits, BLOCK_M, BLOCK_I), left, tl.zeros_like(left))",
+        "left = left",
+        FEW,
+    ),
+    Mutant(
+        "the last rows' gradients left out", FEW_ROWS, "range(0, M, BLOCK_M)", "range(0, M - BLOCK_M, BLOCK_M)", FEW
+    ),
+    Mutant("db of the wrong columns", FEW_ROWS, "tile - tiles_of_x, M, N", "tile, M, N", FEW),
+    Mutant(
+        "a call repeated with another scaling", REPEAT, "requested_backend(), scaling,", "requested_backend(),", AGAIN
+    ),
+    Mutant(
+        "a call repeated for another pattern", REPEAT, "fan_in_fan_out, tuple(enable_lora),", "fan_in_fan_out,", AGAIN
+    ),
+    Mutant("a call repeated at any alignment", REPEAT, "x.get_device(), x.data_ptr() % 16,", "x.get_device(),", AGAIN),
+    Mutant(
+        "a call repeated on another backend", REPEAT, "        requested_backend(), scaling", "        scaling", AGAIN
+    ),
+    Mutant(
+        "a call repeated under autocast",
+        REPEAT,
+        "torch._C._is_any_autocast_enabled() or not direct",
+        "not direct",
+        AGAIN,
+    ),
+    Mutant("a call repeated where paths are counted", REPEAT, "or not _here(x) or counted()", "or not _here(x)", AGAIN),
+    Mutant("a call repeated on another GPU", REPEAT, "or not _here(x) or counted()", "or counted()", AGAIN),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 
