@@ -39,9 +39,10 @@ def key_of(
     enable_lora: Sequence[bool],
 ) -> Hashable:
     """What determines how y is computed where nothing is dropped and nothing differentiated; None where more does."""
-    if torch.is_grad_enabled() or type(scaling) is not float or not _here(x) or counted():
+    # Dynamo, which is told by `direct`, cannot trace what follows it.
+    if torch.is_grad_enabled() or not direct(x, weight, bias, lora_A, lora_B):
         return None
-    if torch._C._is_any_autocast_enabled() or not direct(x, weight, bias, lora_A, lora_B):
+    if type(scaling) is not float or not _here(x) or counted() or torch._C._is_any_autocast_enabled():
         return None
     return (
         requested_backend(), scaling, fan_in_fan_out, tuple(enable_lora),

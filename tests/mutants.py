@@ -480,8 +480,8 @@ MUTANTS = (
     Mutant(
         "a call repeated under autocast",
         REPEAT,
-        "torch._C._is_any_autocast_enabled() or not direct",
-        "not direct",
+        " or torch._C._is_any_autocast_enabled()",
+        "",
         AGAIN,
     ),
     Mutant("a call repeated where paths are counted", REPEAT, "or not _here(x) or counted()", "or not _here(x)", AGAIN),

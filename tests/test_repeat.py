@@ -206,6 +206,19 @@ def test_whatever_else_matters_goes_the_long_way(launches: Launches, way: str) -
     assert len(launches.again) == 1
 
 
+def test_compiled_code_neither_repeats_nor_asks_where_tensors_are(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU that is current is asked for by a function that dynamo cannot trace."""
+    t = problem()
+    y = lora_linear(**t)
+    monkeypatch.setattr(repeat, "_here", lambda x: pytest.fail("asked while dynamo traces"))
+    compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(compiled(**t), y)
+    assert not launches.again
+
+
 def test_a_tensor_elsewhere_than_on_the_current_gpu_goes_the_long_way(
     launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
