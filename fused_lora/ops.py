@@ -28,7 +28,7 @@ _MODULES = {
     "decode": ".decoding",
     "batch_invariant": ".invariant",
 }
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = (Tensor, nn.Parameter)
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
@@ -44,14 +44,17 @@ def _module(path: str) -> ModuleType:
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether an op would do nothing but call its implementation: nobody traces, and the tensors are plain ones."""
+    """Whether an op would do nothing but call its implementation: nobody traces, and the tensors are plain ones.
+
+    Those are what their memory says; torch hands ops what a view with its negative bit set stands for.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     # A generator's frames would take as long as all of the above.
-    for tensor in tensors:  # noqa: SIM110
-        if type(tensor) not in _PLAIN:
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import fused_lora
 from fused_lora import embedding_op, functional, linear_op, weight_op
+from fused_lora.functional import effective_weight, lora_linear
 from fused_lora.ops import direct
 
 
@@ -28,6 +29,7 @@ def test_plain_tensors_are_direct_and_watched_ones_are_not() -> None:
     x = torch.randn(2, 2)
     assert direct(x, None, torch.nn.Parameter(x))
     assert not direct(x.as_subclass(Subclass))
+    assert not direct(None, negative(x))
     with FakeTensorMode() as mode:
         assert not direct(x) and not direct(mode.from_tensor(x))
     seen = []
@@ -137,3 +139,26 @@ def test_one_watched_tensor_among_plain_ones_keeps_the_embedding_ops(which: int)
     functional.lora_embedding(torch.tensor([0, 3]), *inputs).sum().backward()
     assert "lora_embedding_forward.default" in Recording.seen
     assert ("lora_embedding_grad_panels.default" in Recording.seen) == (which == 2)
+
+
+def negative(tensor: torch.Tensor) -> torch.Tensor:
+    """A view that stands for the same numbers, while its memory holds their opposites."""
+    view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert view.is_neg() and torch.equal(view, tensor)
+    return view
+
+
+def test_a_tensor_with_its_negative_bit_set_is_what_it_stands_for(backend: str, device: str) -> None:
+    sizes = {"x": (5, 32), "weight": (48, 32), "lora_A": (4, 32), "lora_B": (48, 4), "dy": (5, 48)}
+    plain = {name: torch.randn(size, device=device) for name, size in sizes.items()}
+    results = []
+    for tensors in (plain, {name: negative(tensor) for name, tensor in plain.items()}):
+        leaves = {name: tensor.detach().requires_grad_(name != "weight") for name, tensor in tensors.items()}
+        dy = leaves.pop("dy").detach()
+        y = lora_linear(**leaves, dropout_p=0.3, training=True, seed=1)
+        gradients = torch.autograd.grad(y, [leaves[name] for name in ("x", "lora_A", "lora_B")], dy)
+        with torch.no_grad():
+            again = [lora_linear(**leaves), effective_weight(leaves["weight"], leaves["lora_A"], leaves["lora_B"])]
+        results.append([y, *gradients, *again])
+    for once, again in zip(*results, strict=True):
+        assert torch.equal(once, again)
