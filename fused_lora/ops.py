@@ -53,7 +53,7 @@ def direct(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     # A generator's frames would take as long as all of the above.
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
