@@ -146,13 +146,17 @@ def tensors_of(case: Case) -> tuple[torch.Tensor, ...]:
     return x, weight, bias, lora_A, torch.empty(rows, case.r, dtype=adapter_dtype)
 
 
+def regular(case: Case) -> bool:
+    """Whether the kernels are taken for it unasked."""
+    return case.dtype != "float32" and all(size % 16 == 0 for size in case.shape)
+
+
 def compile_decode(case: Case) -> None:
     x, weight, bias, lora_A, lora_B = tensors_of(case)
     dropout = Dropout(torch.zeros(1, dtype=torch.int64), 6554, column_offset=case.column_offset)
     options = {"scaling": 2.0, "dropout": dropout if case.dropout else None, "enable_lora": case.enable_lora}
     _, xa, bits = decoding.forward(x, weight, bias, lora_A, lora_B, **options)
-    # Of float32 nobody takes it unasked.
-    if case.enable_lora == (True,) and len(x) <= 64 and case.dtype != "float32":
+    if case.enable_lora == (True,) and len(x) <= 64 and regular(case):
         gradients = {"bits": bits, "scaling": 2.0, "dtype": lora_A.dtype}
         decoding.backward(x.new_empty(len(x), len(weight)), x, weight, lora_A, lora_B, xa, **gradients)
 
@@ -199,7 +203,7 @@ def main(capability: int) -> None:
                 "case": str(current[0]),
                 # A low-rank update multiplies in the adapter's dtype, and float32 exactly.
                 "dtype": current[0].adapter_dtype if name == "_low_rank_update_kernel" else dtype,
-                "regular": current[0].dtype != "float32" and all(size % 16 == 0 for size in current[0].shape),
+                "regular": regular(current[0]),
                 **assembler_report(kernel.asm["ptx"], capability),
                 "shared": kernel.metadata.shared,
                 "instructions": [name for name in MATRIX_INSTRUCTIONS if re.search(rf"\b{name}\b", sass)],
