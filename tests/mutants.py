@@ -200,7 +200,7 @@ MUTANTS = (
     Mutant(
         "row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32)", "(rows * 0).to(tl.uint32)", TRITON_OFFSETS
     ),
-    Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "tl.load(seed_ptr) & 0xFFFFFFFF", KERNEL_MASKS),
+    Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "(tl.load(seed_ptr) & 0xFFFFFFFF)", KERNEL_MASKS),
     Mutant("seed by address", DROPOUT, "tl.load(seed_ptr)", "seed_ptr.to(tl.int64)", TRITON),
     Mutant("ten rounds of Philox", DROPOUT, "static_range(7)", "static_range(10)", TRITON),
     Mutant(
