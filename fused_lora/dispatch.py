@@ -46,8 +46,8 @@ class Choice:
 # Measured on Hopper; see benchmarks/NOTES.md.
 _FEWEST_ROWS = 2048
 _FEWEST_OUTPUTS = 1 << 21
-# On Hopper, of a forward without a mask. Elsewhere what is bound by reading the weight; of backwards only on Hopper.
-_FEW_DECODED, _FEW_DECODED_ELSEWHERE = 512, 64
+# Rows of a forward without a mask on Hopper, and of whatever else is bound by reading the weight.
+_UNMASKED_DECODED, _FEW_DECODED = 512, 64
 # Of a forward alone, on Hopper, with more rows: no fewer outputs, and with less than _FEWEST_ROWS no more.
 _FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS = 2048, 8192
 _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
@@ -213,7 +213,7 @@ def choose_forward(
     if request == "decode":
         return _ASKED_TO_DECODE
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if rows <= (_FEW_DECODED if hopper and not drops else _FEW_DECODED_ELSEWHERE):
+    if rows <= (_UNMASKED_DECODED if hopper and not drops else _FEW_DECODED):
         return _FEW_DECODED_ROWS
     if not hopper or drops or trains:
         return choice
@@ -240,8 +240,9 @@ def choose_backward(
         return choice
     if request == "decode":
         return _ASKED_TO_DECODE
+    # Nowhere else was it measured.
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return _FEW_DECODED_ROWS if hopper and rows <= _FEW_DECODED_ELSEWHERE else choice
+    return _FEW_DECODED_ROWS if hopper and rows <= _FEW_DECODED else choice
 
 
 def _decodes(request: str, choice: Choice, dtype: torch.dtype, *features: int) -> bool:

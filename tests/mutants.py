@@ -430,8 +430,8 @@ MUTANTS = (
     Mutant(
         "one launch kept from few rows",
         DISPATCH,
-        "if rows <= (_FEW_DECODED if",
-        "if -1 > (_FEW_DECODED if",
+        "if rows <= (_UNMASKED_DECODED if",
+        "if -1 > (_UNMASKED_DECODED if",
         ONE_LAUNCH_PATH,
     ),
     Mutant("a plan for every dtype", REDUCE, "(scale, dtype, None if other is None else other[1])", "(scale,)", KEYS),
