@@ -67,7 +67,10 @@ def _fake_grad_panels(
 
 
 class _LoRAEmbedding(torch.autograd.Function):
-    """Saves the indices, the panel xa and lora_B, as far as the wanted gradients read them."""
+    """Saves the indices, the panel xa and lora_B, as far as the wanted gradients read them.
+
+    unwatched: whether `direct` holds for all tensors.
+    """
 
     @staticmethod
     def forward(
@@ -81,9 +84,10 @@ class _LoRAEmbedding(torch.autograd.Function):
         scale_grad_by_freq: bool,
         sparse: bool,
         backend: str,
+        unwatched: bool = False,
     ) -> Tensor:
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
-        forward = _forward if direct(indices, weight, lora_A, lora_B) else torch.ops.fused_lora.lora_embedding_forward
+        forward = _forward if unwatched else torch.ops.fused_lora.lora_embedding_forward
         y, xa = forward(indices, weight, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq, sparse, backend)
         ctx.save_for_backward(
             indices if wants_da or wants_dw else None, lora_B if wants_da else None, xa if wants_db else None
@@ -98,8 +102,9 @@ class _LoRAEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        others = (None,) * (len(ctx.needs_input_grad) - 4)
         if dy is None:
-            return (None,) * 9
+            return (None,) * 4 + others
         indices, lora_B, xa = ctx.saved_tensors
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
         dw = da = db = None
@@ -115,7 +120,7 @@ class _LoRAEmbedding(torch.autograd.Function):
                 da = in_dtype(by_token.t(), ctx.adapter_dtype)
             if wants_dw:
                 dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
-        return None, dw, da, db if wants_db else None, *(None,) * 5
+        return None, dw, da, db if wants_db else None, *others
 
 
 _apply = direct_apply(_LoRAEmbedding)
@@ -127,7 +132,7 @@ def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_embedding(*tensors, *rest)  # type: ignore[no-any-return]
     if differentiates(*tensors):
-        return _apply(*tensors, *rest)  # type: ignore[no-any-return]
+        return _apply(*tensors, *rest, True)  # type: ignore[no-any-return]
     return _inference(*tensors, *rest)  # type: ignore[no-any-return]
 
 
