@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from ._dropout import bit_ptrs, in_bits, unpacked
+from ._dropout import bit_ptrs, in_bits, kept_by_bits
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import AdapterGradTile, rank_block
 from .launch import cdiv, input_precision, launch, stated_work, strides
@@ -74,8 +74,11 @@ def _adapter_grad_kernel(
     acc = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
     first = split * ROWS
     for start in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        in_rows = rows[:, None] < M
+        local = tl.arange(0, BLOCK_M)
+        rows = start + local
+        # In 32 bits: every row of every load is compared.
+        remaining = tl.minimum(M - start, BLOCK_M).to(tl.int32)
+        in_rows = local[:, None] < remaining
         left_ptrs = left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li
         if EVEN_I:
             left = tl.load(left_ptrs, mask=in_rows, other=0.0)
@@ -89,8 +92,8 @@ def _adapter_grad_kernel(
             tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
         if bits_ptr is not None:
             ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_inner, BLOCK_I)
-            bits = tl.load(ptrs, mask=in_bits(rows, first_inner, M, I, BLOCK_I), other=0)
-            left = tl.where(unpacked(bits, BLOCK_M, BLOCK_I), left, tl.zeros_like(left))
+            bits = tl.load(ptrs, mask=in_bits(local, first_inner, remaining, I, BLOCK_I), other=0)
+            left = kept_by_bits(bits, left)
         acc = accumulate(left.T, panel, acc, PRECISION)
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
     tl.store(grad_ptrs, acc.to(grad_ptr.dtype.element_ty), mask=(inner[:, None] < I) & in_ranks)

@@ -118,7 +118,7 @@ AMPERE = Tiles(
 HOPPER = Tiles(
     linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3, descriptors=True),
     panel=_by_rank(
-        PanelTile(block_m=32, block_i=256, num_warps=4, num_stages=4),
+        PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=5),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
-from ._dropout import bit_ptrs, draw_tile, in_bits, unpacked
+from ._dropout import bit_ptrs, draw_tile, in_bits, kept, unpacked
 from ._slices import enabled_among, enabled_slice
 from .launch import stated_work
 
@@ -53,6 +53,8 @@ def _produce(
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), PARTS)
     first = part * steps * BLOCK_K
     last = tl.minimum(first + steps * BLOCK_K, K)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start_r in range(0, RANKS, BLOCK_R):
         ranks = start_r + tl.arange(0, BLOCK_R)
         in_ranks = (ranks < RANKS)[None, :]
@@ -66,12 +68,12 @@ def _produce(
             x = tl.load(x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk, mask=in_x, other=0.0)
             if seed_ptr is not None:
                 keep, bits = draw_tile(
-                    seed_ptr, threshold, rows + row_offset, start + column_offset, BLOCK_M, BLOCK_K, ALIGNED
+                    seed, threshold, rows + row_offset, start + column_offset, BLOCK_M, BLOCK_K, ALIGNED
                 )  # fmt: skip
                 # The first piece of the ranks stores the bits for all of them.
                 ptrs = bit_ptrs(drawn_ptr, stride_dm, rows, start, BLOCK_K)
                 tl.store(ptrs, bits, mask=in_bits(rows, start, tl.where(start_r == 0, M, 0), K, BLOCK_K))
-                x = tl.where(keep, x, tl.zeros_like(x))
+                x = kept(keep, x)
             A_ptrs = lora_A_ptr + ranks[None, :].to(tl.int64) * stride_ar + inner[:, None] * stride_ak
             factor = tl.load(A_ptrs, mask=in_A, other=0.0)
             acc = accumulate(x, factor.to(x.dtype), acc, PRECISION)
@@ -177,7 +179,7 @@ def _finish(
 def decode_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
     weight_ptr, stride_wn, stride_wk,  # [N, K]
-    x_descriptor, weight_descriptor,  # of the same, or None
+    x_descriptor, weight_descriptor,  # of the same, or None each
     lora_A_ptr, stride_ar, stride_ak,  # [enabled * R, K]
     lora_B_ptr, stride_bn, stride_br,  # [enabled * WIDTH, R]
     bias_ptr, stride_bias,  # [N]
@@ -242,19 +244,21 @@ def decode_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(first, last, BLOCK_K):
             in_x, in_weight = in_rows, in_columns
-            if weight_descriptor is not None:
+            if not EVEN_K:
+                in_x = in_x & (start + tl.arange(0, BLOCK_K) < K)[None, :]
+                in_weight = in_weight & (start + tl.arange(0, BLOCK_K) < K)[:, None]
+            if x_descriptor is not None:
                 x = x_descriptor.load([tile_m * BLOCK_M, start])
+            else:
+                x = tl.load(x_ptrs, mask=in_x, other=0.0)
+                x_ptrs += step * stride_xk
+            if weight_descriptor is not None:
                 weight = weight_descriptor.load([tile_n * BLOCK_N, start]).T
             else:
-                if not EVEN_K:
-                    in_x = in_x & (start + tl.arange(0, BLOCK_K) < K)[None, :]
-                    in_weight = in_weight & (start + tl.arange(0, BLOCK_K) < K)[:, None]
-                x = tl.load(x_ptrs, mask=in_x, other=0.0)
                 if EVEN_K and EVEN_N:
                     weight = tl.load(weight_ptrs, eviction_policy="evict_first")
                 else:
                     weight = tl.load(weight_ptrs, mask=in_weight, other=0.0, eviction_policy="evict_first")
-                x_ptrs += step * stride_xk
                 weight_ptrs += step * stride_wk
             acc = accumulate(x, weight, acc, PRECISION)
 

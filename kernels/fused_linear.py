@@ -3,10 +3,9 @@
 forward     y  = x @ w.T + xa @ b.T + bias              left x [M, K],  right w.T [K, N], panel xa,  factor b.T [R, N]
 grad_input  dx = dy @ w  + keep * (dyb @ a)             left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
 
-I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. Without a mask the
-low-rank product is what the main loop starts from: as a user of its accumulator after it, it would make ptxas
-serialise the loop's matrix instructions (triton 3.6). With a mask it follows the loop, by quarters of the tile's
-columns, so that the update and its mask fit in registers beside the rest.
+I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. The low-rank product,
+masked, is what the main loop starts from: as a user of its accumulator after it, it would make ptxas serialise the
+loop's matrix instructions (triton 3.6), and in an accumulator of its own it would not fit in registers.
 
 With descriptors and few ranks, a program computes one tile after another, so that the copy engine stores one while the
 next begins.
@@ -14,7 +13,7 @@ next begins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import triton
@@ -22,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from ._dropout import bit_ptrs, in_bits, unpacked
-from ._ranks import add_ranks, load_factor, load_panel
+from ._dropout import load_words, unpacked_in_pairs, word_of
+from ._ranks import add_ranks
 from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import processors, rank_block
-from .launch import cdiv, input_precision, launch, stated_work, strides
+from .config import LinearTile, processors, rank_block
+from .launch import Plan, cdiv, input_precision, launch, plan_of, stated_work, strides
 from .lookup import tiles_for
 
 GROUP_M = 8
@@ -42,53 +41,27 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 @triton.jit
-def _load_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J: tl.constexpr):
-    ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_column, BLOCK_J)
-    return tl.load(ptrs, mask=in_bits(rows, first_column, M, J, BLOCK_J), other=0)
-
-
-@triton.jit
-def _bits_and_factor(
-    bits_ptr, stride_bm,
-    factor_ptr, stride_fr, stride_fj,
-    rows, first_column,
-    M, J, R,
-    BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    columns = first_column + tl.arange(0, BLOCK_J)
-    factor = load_factor(factor_ptr, stride_fr, stride_fj, columns, 0, None, J, R, BLOCK_R, DTYPE)
-    return _load_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J), factor
+def place(tile, M, J, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, GROUP_M: tl.constexpr):
+    """A tile's row and column: first down the first column, then by groups of rows through all others."""
+    tiles_m, others = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(J, BLOCK_J) - 1, 1)
+    group, in_group = (tile - tiles_m) // (GROUP_M * others), (tile - tiles_m) % (GROUP_M * others)
+    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = tl.where(tile < tiles_m, tile, group * GROUP_M + in_group % group_size)
+    tile_j = tl.where(tile < tiles_m, 0, in_group // group_size + 1)
+    return tile_m, tile_j
 
 
 @triton.jit
 def _finish(
     acc,
-    panel_ptr, stride_pm, stride_pr,
-    factor_ptr, stride_fr, stride_fj,
     bias_ptr, stride_bias,
     out_ptr, stride_om, stride_oj,
-    bits_ptr, stride_bm, panel, bits_and_factor,
     tile_m, rows, first_column,
-    M, J, R,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
+    M, J,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the dropped low-rank term and the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
+    """Adds the bias to acc [BLOCK_M, BLOCK_J], rounds once and stores."""
     columns = first_column + tl.arange(0, BLOCK_J)
-    if bits_ptr is not None:
-        update = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-        if EARLY:
-            bits, factor = bits_and_factor
-            update = accumulate(panel, factor, update, PRECISION)
-        else:
-            # Unrolled, or with anything read before, it would spill.
-            for start in tl.range(0, R, BLOCK_R, num_stages=1):
-                update = add_ranks(
-                    update, panel_ptr, stride_pm, stride_pr, factor_ptr, stride_fr, stride_fj,
-                    rows, columns, start, M, None, J, R, BLOCK_R, PRECISION,
-                )  # fmt: skip
-            bits = _load_bits(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J)
-        acc += tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < J, other=0.0).to(tl.float32)[None, :]
     if STORED:
@@ -107,7 +80,7 @@ def _compute_tile(
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
     out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if STORED
-    bits_ptr, stride_bm,  # [M, cdiv(J, 8)], or None
+    bits_ptr, stride_bm, WORD: tl.constexpr,  # [M, cdiv(J, 8)], or None
     M, J, I, R,  # R ranks in each slice
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -115,53 +88,29 @@ def _compute_tile(
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles_m, tiles_j = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J)
-    group = tile // (GROUP_M * tiles_j)
-    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + tile % (GROUP_M * tiles_j) % group_size
-    tile_j = tile % (GROUP_M * tiles_j) // group_size
-
+    tile_m, tile_j = place(tile, M, J, BLOCK_M, BLOCK_J, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tile_j.to(tl.int64) * BLOCK_J
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
-    QUARTER: tl.constexpr = BLOCK_J // 4
-    EARLY: tl.constexpr = RANK_STEPS == 1 and panel_ptr.dtype.element_ty != tl.float32
-    panel, quarters_bits_and_factor = None, (None, None, None, None)
-    if bits_ptr is not None and EARLY:
-        # Read before the loop, under which their latency hides.
-        panel = load_panel(panel_ptr, stride_pm, stride_pr, rows, 0, M, R, BLOCK_R)
-        quarters_bits_and_factor = (
-            _bits_and_factor(
-                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
-                rows, first_column, M, J, R, QUARTER, BLOCK_R, panel.dtype,
-            ),
-            _bits_and_factor(
-                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
-                rows, first_column + QUARTER, M, J, R, QUARTER, BLOCK_R, panel.dtype,
-            ),
-            _bits_and_factor(
-                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
-                rows, first_column + 2 * QUARTER, M, J, R, QUARTER, BLOCK_R, panel.dtype,
-            ),
-            _bits_and_factor(
-                bits_ptr, stride_bm, factor_ptr, stride_fr, stride_fj,
-                rows, first_column + 3 * QUARTER, M, J, R, QUARTER, BLOCK_R, panel.dtype,
-            ),
+    words = None
+    if bits_ptr is not None:
+        # Read before the low-rank product, so that one wait serves for both.
+        words = load_words(bits_ptr, stride_bm, rows, first_column, M, J, BLOCK_J, WORD)
+    columns = first_column + tl.arange(0, BLOCK_J)
+    last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
+    first, last = enabled_among(tile_j * BLOCK_J, last_column, WIDTH, SLICES, ENABLED)
+    for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
+        e = first + step // RANK_STEPS
+        slice = enabled_slice(e, SLICES, ENABLED)
+        acc = add_ranks(
+            acc,
+            panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
+            factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
+            rows, columns, step % RANK_STEPS * BLOCK_R,
+            M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
         )  # fmt: skip
-    if bits_ptr is None:
-        columns = first_column + tl.arange(0, BLOCK_J)
-        last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
-        first, last = enabled_among(tile_j * BLOCK_J, last_column, WIDTH, SLICES, ENABLED)
-        for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
-            e = first + step // RANK_STEPS
-            slice = enabled_slice(e, SLICES, ENABLED)
-            acc = add_ranks(
-                acc,
-                panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
-                factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
-                rows, columns, step % RANK_STEPS * BLOCK_R,
-                M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
-            )  # fmt: skip
+    if bits_ptr is not None:
+        acc = tl.where(unpacked_in_pairs(words, BLOCK_M, BLOCK_J), acc, 0.0)
     if DESCRIPTORS:
         for start in range(0, I, BLOCK_I):
             left = left_ptr.load([tile_m * BLOCK_M, start])
@@ -192,24 +141,22 @@ def _compute_tile(
             right_ptrs += step * stride_ri
 
     HALF: tl.constexpr = BLOCK_J // 2
+    QUARTER: tl.constexpr = BLOCK_J // 4
     halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
     for half in tl.static_range(2):
         quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
         for quarter in tl.static_range(2):
             _finish(
                 quarters[quarter],
-                panel_ptr, stride_pm, stride_pr,
-                factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits_ptr, stride_bm, panel, quarters_bits_and_factor[2 * half + quarter],
                 tile_m, rows, first_column + half * HALF + quarter * QUARTER,
-                M, J, R,
-                BLOCK_M, QUARTER, BLOCK_R, EARLY, STORED, PRECISION,
+                M, J,
+                BLOCK_M, QUARTER, STORED,
             )  # fmt: skip
 
 
-@triton.jit(launch_metadata=_work, do_not_specialize=["M"])
+@triton.jit(launch_metadata=_work, do_not_specialize=["M", "first_tile"])
 def _fused_linear_kernel(
     left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
     right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
@@ -217,8 +164,9 @@ def _fused_linear_kernel(
     factor_ptr, stride_fr, stride_fj,  # [R, J]
     bias_ptr, stride_bias,  # [J]
     out_ptr, stride_om, stride_oj,  # [M, J], a descriptor if STORED
-    bits_ptr, stride_bm,  # [M, cdiv(J, 8)], or None
+    bits_ptr, stride_bm, WORD: tl.constexpr,  # [M, cdiv(J, 8)], or None
     M, J, I, R,  # R ranks in each slice
+    first_tile,
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
@@ -226,8 +174,9 @@ def _fused_linear_kernel(
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
+    first_tile += tl.program_id(0)
     if PERSISTENT:
-        for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
+        for tile in range(first_tile, tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
             _compute_tile(
                 tile,
                 left_ptr, stride_lm, stride_li,
@@ -236,21 +185,21 @@ def _fused_linear_kernel(
                 factor_ptr, stride_fr, stride_fj,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om, stride_oj,
-                bits_ptr, stride_bm,
+                bits_ptr, stride_bm, WORD,
                 M, J, I, R, WIDTH, SLICES, ENABLED,
                 BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
                 DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
             )  # fmt: skip
     else:
         _compute_tile(
-            tl.program_id(0),
+            first_tile,
             left_ptr, stride_lm, stride_li,
             right_ptr, stride_ri, stride_rj,
             panel_ptr, stride_pm, stride_pr,
             factor_ptr, stride_fr, stride_fj,
             bias_ptr, stride_bias,
             out_ptr, stride_om, stride_oj,
-            bits_ptr, stride_bm,
+            bits_ptr, stride_bm, WORD,
             M, J, I, R, WIDTH, SLICES, ENABLED,
             BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
             DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
@@ -268,6 +217,29 @@ def describable(matrix: Tensor) -> bool:
     )
 
 
+def _found_by(
+    left: Tensor,
+    right: Tensor,
+    panel: Tensor,
+    factor: Tensor,
+    bias: Tensor | None,
+    bits: Tensor | None,
+    enable_lora: Sequence[bool],
+    tile: LinearTile,
+    first_tile: int,
+) -> tuple[dict[str, Tensor | None], tuple[Hashable, ...]]:
+    """The tensors and facts by which `launch` finds a plan."""
+    tensors = {
+        "left_ptr": left,
+        "right_ptr": right,
+        "panel_ptr": panel,
+        "factor_ptr": factor,
+        "bias_ptr": bias,
+        "bits_ptr": bits,
+    }
+    return tensors, (tile, first_tile, input_precision(left.dtype), *enable_lora)
+
+
 def _fused_linear(
     left: Tensor,
     right: Tensor,
@@ -275,14 +247,17 @@ def _fused_linear(
     factor: Tensor,
     bias: Tensor | None,
     bits: Tensor | None,
-    enable_lora: Sequence[bool] = (True,),
+    enable_lora: Sequence[bool],
+    out: Tensor,
+    tile: LinearTile | None = None,
+    first_tile: int = 0,
 ) -> Tensor:
+    """out [M, J], computed from its first_tile on."""
     (M, I), J, R = left.shape, right.shape[1], len(factor)
-    out = left.new_empty((M, J))
     if out.numel() == 0:
         return out
     block_r = min(rank_block(R), RANK_STEP)
-    tile = tiles_for(left.device, left.dtype, I, J).linear
+    tile = tile or tiles_for(left.device, left.dtype, I, J).linear
     width = J // len(enable_lora)
     touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
@@ -292,7 +267,7 @@ def _fused_linear(
     stored = descriptors and describable(out)
     # More steps beside the main loop leave no registers for a loop around it, and on sm_100 no matrix instructions.
     persistent = stored and touched * rank_steps == 1
-    programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j)
+    programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
     if persistent:
         programs = min(programs, processors(left.device))
     described = {}
@@ -301,7 +276,7 @@ def _fused_linear(
         described = {"left_ptr": (left, [tile.block_m, tile.block_i]), "right_ptr": (rows_of_right, block)}
     if stored:
         described["out_ptr"] = out, [tile.block_m, tile.block_j // 4]
-    precision = input_precision(left.dtype)
+    given = _found_by(left, right, panel, factor, bias, bits, enable_lora, tile, first_tile)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         return (programs,), dict(
@@ -311,24 +286,16 @@ def _fused_linear(
             **strides("fr fj", factor),
             **strides("bias", bias),
             **strides("om oj", out),
-            M=M, J=J, I=I, R=R, WIDTH=width, **slice_arguments(enable_lora),
+            M=M, J=J, I=I, R=R, first_tile=first_tile, WIDTH=width, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
             SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M,
             DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
-            EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=precision,
+            EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=input_precision(left.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-            **strides("bm", bits),
+            **strides("bm", bits), WORD=word_of(bits, tile.block_j),
         )  # fmt: skip
 
-    tensors = {
-        "left_ptr": left,
-        "right_ptr": right,
-        "panel_ptr": panel,
-        "factor_ptr": factor,
-        "bias_ptr": bias,
-        "bits_ptr": bits,
-    }
-    launch(_fused_linear_kernel, tensors, (tile, precision, *enable_lora), arguments, {"out_ptr": out}, described)
+    launch(_fused_linear_kernel, *given, arguments, {"out_ptr": out}, described)
     return out
 
 
@@ -336,9 +303,40 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, xa: Tensor, lora_B: Tensor, enable_lora: Sequence[bool] = (True,)
 ) -> Tensor:
     """y [M, N] of x [M, K], weight [N, K], bias [N], and the panel xa and lora_B of each enabled slice."""
-    return _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora)
+    out = x.new_empty((len(x), len(weight)))
+    return _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora, out)
+
+
+def later_tiles(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    xa: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    out: Tensor,
+    tile: LinearTile,
+    first_tile: int,
+) -> None:
+    """`forward` into those tiles of out, one at least, that are not before first_tile in the order of `place`."""
+    _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora, out, tile, first_tile)
+
+
+def later_tiles_plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    xa: Tensor,
+    lora_B: Tensor,
+    enable_lora: Sequence[bool],
+    tile: LinearTile,
+    first_tile: int,
+) -> Plan | None:
+    """What `launch` has kept of the same."""
+    given = _found_by(x, weight.T, xa, lora_B.T, bias, None, enable_lora, tile, first_tile)
+    return plan_of(_fused_linear_kernel, *given)
 
 
 def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, bits: Tensor | None) -> Tensor:
     """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K]."""
-    return _fused_linear(dy, weight, dyb, lora_A, None, bits)
+    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dy.new_empty((len(dy), weight.shape[1])))

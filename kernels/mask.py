@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from ._dropout import bit_ptrs, draw_tile, in_bits, unpacked
+from ._dropout import bit_ptrs, draw_tile, in_bits, kept, unpacked
 from .launch import (
     Dropout,
     cdiv,
@@ -59,7 +59,7 @@ def _mask_kernel(
     in_bytes = in_bits(rows, first_column, M, K, BLOCK_K)
     if seed_ptr is not None:
         keep, bits = draw_tile(
-            seed_ptr, threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_K, ALIGNED
+            tl.load(seed_ptr), threshold, rows + row_offset, first_column + column_offset, BLOCK_M, BLOCK_K, ALIGNED
         )  # fmt: skip
         tl.store(byte_ptrs, bits, mask=in_bytes)
     else:
@@ -67,7 +67,7 @@ def _mask_kernel(
     if x_ptr is not None:
         x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xk, mask=inside, other=0.0)
         out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_ok
-        tl.store(out_ptrs, tl.where(keep, x, tl.zeros_like(x)), mask=inside)
+        tl.store(out_ptrs, kept(keep, x), mask=inside)
     if panel_ptr is not None:
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for start in range(0, R, BLOCK_R):
@@ -78,7 +78,7 @@ def _mask_kernel(
             factor = tl.load(factor_ptrs, mask=(ranks[:, None] < R) & (columns < K)[None, :], other=0.0)
             acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
         total_ptrs = total_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tk
-        total = tl.load(total_ptrs, mask=inside, other=0.0).to(tl.float32) + tl.where(keep, acc, 0.0)
+        total = tl.load(total_ptrs, mask=inside, other=0.0).to(tl.float32) + kept(keep, acc)
         tl.store(total_ptrs, total.to(total_ptr.dtype.element_ty), mask=inside)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from ._dropout import bit_ptrs, draw_tile, in_bits
+from ._dropout import bit_ptrs, draw_tile, kept
 from ._slices import enabled_columns, enabled_slice, slice_arguments
 from .config import rank_block
 from .launch import (
@@ -59,9 +59,16 @@ def _panel_kernel(
         factor_ptr += e.to(tl.int64) * I * stride_fi
         panel_ptr += e * R * stride_pr
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    left_row_ptrs = left_ptr + tl.minimum(rows, M - 1)[:, None] * stride_lm
+    # Rows past M are the last row again, which needs no mask.
+    real_rows = tl.minimum(rows, M - 1)
+    left_row_ptrs = left_ptr + real_rows[:, None] * stride_lm
     factor_column_ptrs = factor_ptr + ranks[None, :].to(tl.int64) * stride_fr
     first_column = tl.full((), 0, tl.int64) + column_offset
+    if seed_ptr is not None:
+        # In the loop, it would be read in each step, and what follows from it alone computed.
+        seed = tl.load(seed_ptr)
+        # The first piece of the ranks stores the bits for all of them.
+        stored_columns = tl.where(tl.program_id(1) == 0, I, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, I, BLOCK_I):
         inner = start + tl.arange(0, BLOCK_I).to(tl.int64)
@@ -73,13 +80,11 @@ def _panel_kernel(
         factor = tl.load(factor_column_ptrs + inner[:, None] * stride_fi, mask=in_factor, other=0.0)
         if seed_ptr is not None:
             keep, bits = draw_tile(
-                seed_ptr, threshold, rows + row_offset, first_column + start, BLOCK_M, BLOCK_I, ALIGNED
+                seed, threshold, real_rows + row_offset, first_column + start, BLOCK_M, BLOCK_I, ALIGNED
             )  # fmt: skip
-            # The first piece of the ranks stores the bits for all of them.
-            stored_rows = tl.where(tl.program_id(1) == 0, M, 0)
-            ptrs = bit_ptrs(bits_ptr, stride_bm, rows, start, BLOCK_I)
-            tl.store(ptrs, bits, mask=in_bits(rows, start, stored_rows, I, BLOCK_I))
-            left = tl.where(keep, left, tl.zeros_like(left))
+            in_columns = start + 8 * tl.arange(0, BLOCK_I // 8) < stored_columns
+            tl.store(bit_ptrs(bits_ptr, stride_bm, real_rows, start, BLOCK_I), bits, mask=in_columns[None, :])
+            left = kept(keep, left)
         acc = accumulate(left, factor.to(left.dtype), acc, PRECISION)
     panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
     in_panel = (rows[:, None] < M) & (ranks[None, :] < R)

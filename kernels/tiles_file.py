@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from .config import RANK_BLOCKS, AdapterGradTile, LinearTile, PanelTile, Tiles, UpdateTile
 
 FORMAT = 1
-# tl.dot takes no less; fused_linear.py cuts block_j into quarters, whose masks are whole bytes.
+# tl.dot takes no less; fused_linear.py cuts block_j into quarters, which the copy engine stores.
 LEAST_BLOCKS = MappingProxyType({"block_m": 16, "block_i": 16, "block_j": 32})
 NUM_WARPS = (1, 2, 4, 8, 16)
 
