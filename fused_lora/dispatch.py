@@ -48,8 +48,11 @@ _FEWEST_ROWS = 2048
 _FEWEST_OUTPUTS = 1 << 21
 # Rows of a forward without a mask on Hopper, and of whatever else is bound by reading the weight.
 _UNMASKED_DECODED, _FEW_DECODED = 512, 64
-# Of a forward alone, on Hopper, with more rows: no fewer outputs, and with less than _FEWEST_ROWS no more.
-_FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS = 2048, 8192
+# Of a forward alone, on Hopper, with more rows: no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and
+# outputs together less than the last.
+_FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 1 << 25
+# Which part of the multiprocessors that launch must keep busy.
+_BUSY = 0.8
 _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
@@ -57,6 +60,7 @@ _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
 _ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
 _FEW_DECODED_ROWS = Choice("decode", "one launch takes less time for few rows")
 _DECODED_ALONE = Choice("decode", "one launch takes less time where no gradient is wanted")
+_FEW_OUTPUTS = Choice("triton", "the panel comes with the first tiles of few outputs")
 _ASKED_TO_DECODE = Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
 _INVARIANT = Choice("batch_invariant", "batch_invariant() is in force")
 
@@ -198,12 +202,13 @@ def choose_forward(
     in_features: int,
     out_features: int,
     *,
+    ranks: int,
     drops: bool,
     trains: bool,
 ) -> Choice:
     """The path of a linear layer's forward, which draws a mask or not, and keeps something for a backward or not.
 
-    As measured in benchmarks/NOTES.md.
+    ranks: of all its slices together. As measured in benchmarks/NOTES.md.
     """
     if request == BATCH_INVARIANT:
         return _INVARIANT
@@ -212,13 +217,19 @@ def choose_forward(
         return choice
     if request == "decode":
         return _ASKED_TO_DECODE
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if rows <= (_UNMASKED_DECODED if hopper and not drops else _FEW_DECODED):
-        return _FEW_DECODED_ROWS
-    if not hopper or drops or trains:
+    if drops or torch.cuda.get_device_capability(device) != (9, 0):
+        return _FEW_DECODED_ROWS if rows <= _FEW_DECODED else choice
+    from .kernels import decode_tiles, first_tiles
+
+    if ranks <= first_tiles.MOST_RANKS and first_tiles.first_tile(device, dtype, rows, in_features, out_features):
+        return _FEW_OUTPUTS
+    busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
+    if rows <= _UNMASKED_DECODED:
+        return _FEW_DECODED_ROWS if busy else choice
+    if trains or rows * out_features >= _TOO_MUCH_DECODED:
         return choice
     most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
-    if _FEWEST_DECODED_OUTPUTS <= out_features <= most:
+    if busy and _FEWEST_DECODED_OUTPUTS <= out_features <= most:
         return _DECODED_ALONE
     few = out_features < _FEWEST_DECODED_OUTPUTS and rows < _FEWEST_ROWS_OF_FEW_OUTPUTS
     return _FEW_TILES if few else choice
@@ -304,7 +315,8 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
     # With a probability of 1 there is no term to mask.
     drops = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
     dtypes = cast or x.dtype, adapter_dtype
-    return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, drops=drops, trains=wants_gradient)
+    kind = {"ranks": len(lora_A), "drops": drops, "trains": wants_gradient}
+    return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, **kind)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

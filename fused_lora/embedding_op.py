@@ -108,18 +108,17 @@ class _LoRAEmbedding(torch.autograd.Function):
         indices, lora_B, xa = ctx.saved_tensors
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
         dw = da = db = None
-        with without_autocast(dy):
-            if wants_da or wants_db:
-                panels = _grad_panels if direct(dy, lora_B, xa) else torch.ops.fused_lora.lora_embedding_grad_panels
-                dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
-            if wants_da:
-                # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
-                # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
-                wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
-                by_token = torch.ops.aten.embedding_dense_backward.default(wide, indices, *ctx.lookup)
-                da = in_dtype(by_token.t(), ctx.adapter_dtype)
-            if wants_dw:
-                dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
+        if wants_da or wants_db:
+            panels = _grad_panels if direct(dy, lora_B, xa) else torch.ops.fused_lora.lora_embedding_grad_panels
+            dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
+        if wants_da:
+            # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
+            # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
+            wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
+            by_token = torch.ops.aten.embedding_dense_backward.default(wide, indices, *ctx.lookup)
+            da = in_dtype(by_token.t(), ctx.adapter_dtype)
+        if wants_dw:
+            dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
         return None, dw, da, db if wants_db else None, *others
 
 

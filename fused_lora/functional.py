@@ -165,6 +165,10 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
 
     Raises ValueError or TypeError, naming the argument. The definition is that of loralib's layers.
     """
+    key = repeat.weight_key_of(weight, lora_A, lora_B, scaling)
+    again = repeat.call_of(key)
+    if again is not None:
+        return weight_op.computed(again, weight, lora_A, lora_B, scaling, "")
     if not weight.is_floating_point():
         raise TypeError(f"weight is {weight.dtype}; expected a floating-point dtype.")
     size_A, size_B = lora_A.shape, lora_B.shape
@@ -176,7 +180,9 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
         )
     _check_factors(weight, lora_A, lora_B, (columns, rows))
     _check_scaling(scaling)
-    return weight_op.lora_effective_weight(weight, lora_A, lora_B, float(scaling), requested_backend())
+    effective = weight_op.lora_effective_weight(weight, lora_A, lora_B, float(scaling), requested_backend())
+    repeat.remember_weight(key, weight, lora_A, lora_B, scaling)
+    return effective
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

@@ -24,7 +24,6 @@ from .ops import (
     module_of,
     once_differentiable,
     register,
-    without_autocast,
 )
 from .reference import Dropout, dropout_threshold
 
@@ -57,8 +56,9 @@ def _compute(
     dropout = None
     if seed is not None and (threshold := dropout_threshold(dropout_p)) > 0:
         dropout = Dropout(seed, threshold, row_offset, column_offset)
-    (rows, K), N, drops = x.shape, weight.shape[0], dropout is not None
-    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, rows, K, N, drops=drops, trains=not inference)
+    sizes = (*x.shape, weight.shape[0])
+    kind = {"ranks": lora_A.shape[0], "drops": dropout is not None, "trains": not inference}
+    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, *sizes, **kind)
     options = {"keep_panel": False} if inference and choice.path == "decode" else {}
     computed: tuple[Tensor, Tensor, Tensor | None] = module_of("forward", choice).forward(
         x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora, **options
@@ -210,16 +210,15 @@ class _LoRALinear(torch.autograd.Function):
         saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
-        with without_autocast(dy):
-            if wants_dx or wants_da or wants_db:
-                watched = not direct(dy, *saved)
-                backward = torch.ops.fused_lora.lora_linear_backward if watched else _gradients
-                wanted_x = x if wants_da else None
-                dx, da, db = backward(dy, wanted_x, weight, lora_A, lora_B, xa, bits, *ctx.arguments)
-            if wants_dw:
-                dw = dy.T @ x
-            if wants_dbias:
-                dbias = dy.sum(0)
+        if wants_dx or wants_da or wants_db:
+            watched = not direct(dy, *saved)
+            backward = torch.ops.fused_lora.lora_linear_backward if watched else _gradients
+            wanted_x = x if wants_da else None
+            dx, da, db = backward(dy, wanted_x, weight, lora_A, lora_B, xa, bits, *ctx.arguments)
+        if wants_dw:
+            dw = dy.T @ x
+        if wants_dbias:
+            dbias = dy.sum(0)
         return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *others
 
 

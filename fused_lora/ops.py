@@ -65,12 +65,18 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def once_differentiable(backward: Callable[[Any, Tensor | None], Any]) -> Callable[[Any, Tensor | None], Any]:
-    """torch's decorator, which is entered only where the gradient's own gradient could be asked for."""
-    guarded = torch.autograd.function.once_differentiable(backward)
+    """torch's decorator, and without autocast in backward; both cost only where there is a reason for them."""
+
+    @torch.autograd.function.once_differentiable
+    def guarded(ctx: Any, dy: Tensor | None) -> Any:
+        with _NOTHING if dy is None else without_autocast(dy):
+            return backward(ctx, dy)
 
     @wraps(backward)
     def once(ctx: Any, dy: Tensor | None) -> Any:
-        return guarded(ctx, dy) if torch.is_grad_enabled() else backward(ctx, dy)
+        # The gradient's own gradient could be asked for, or an autocast region reaches into backward.
+        watched = torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
+        return guarded(ctx, dy) if watched else backward(ctx, dy)
 
     return once
 

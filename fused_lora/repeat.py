@@ -1,7 +1,7 @@
-"""Inference calls that were made before, made again without the way there.
+"""Calls that were made before, made again without the way there: of layers in inference, and of effective weights.
 
 On that way arguments are checked, a path is chosen and sizes are computed, which takes the host longer than the launch
-that comes of it. All of that follows from what `key_of` holds.
+that comes of it. All of that follows from what `key_of` and `weight_key_of` hold.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import choose_forward, counted, requested_backend
+from .dispatch import choose, choose_forward, counted, requested_backend
+from .kernels.lookup import tiles_in_force
 from .ops import direct
 
-# Of x, weight (whichever way it is stored), bias, lora_A and lora_B.
-Call = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+# Of x, weight (whichever way it is stored), bias, lora_A and lora_B; or of weight, lora_A, lora_B and what is known.
+Call = Callable[..., Tensor]
 
 _MOST_CALLS = 2048
 # None where there is no shorter way.
@@ -54,8 +55,22 @@ def key_of(
     )  # fmt: skip
 
 
+def weight_key_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Hashable:
+    """What determines how an effective weight is computed; None where more does."""
+    if not direct(weight, lora_A, lora_B):
+        return None
+    if type(scaling) is not float or not _here(weight) or counted() or tiles_in_force():
+        return None
+    return (
+        scaling, requested_backend(),
+        weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
+        lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
+        lora_B.dtype, lora_B.shape, lora_B.stride(), lora_B.get_device(), lora_B.data_ptr() % 16,
+    )  # fmt: skip
+
+
 def call_of(key: Hashable) -> Call | None:
-    """How a call with this key was computed in one launch; None if it was not."""
+    """How a call with this key was computed, where there is a short way; None elsewhere."""
     return None if key is None else _calls.get(key)
 
 
@@ -72,21 +87,43 @@ def remember(
     """To be called once these were computed; weight [N, K]."""
     if key is None or key in _calls:
         return
-    call = None
-    if _is_launched_once(x, weight, lora_A, enable_lora):
+    call: Call | None = None
+    path = _path(x, weight, lora_A, enable_lora)
+    if path == "decode":
         from . import decoding
 
         call = decoding.again(x, weight, bias, lora_A, lora_B, scaling, enable_lora)
+    elif path == "triton":
+        from .kernels import first_tiles
+
+        call = first_tiles.forward_again(x, weight, bias, lora_A, lora_B, scaling, enable_lora)
+    _keep(key, call)
+
+
+def remember_weight(key: Hashable, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """To be called once an effective weight was computed of these."""
+    if key is None or key in _calls:
+        return
+    call = None
+    if choose(requested_backend(), weight.device, weight.dtype, lora_A.dtype).path != "reference":
+        from .kernels import low_rank_update
+
+        call = low_rank_update.effective_weight_again(weight, lora_A, lora_B, scaling)
+    _keep(key, call)
+
+
+def _keep(key: Hashable, call: Call | None) -> None:
     _calls[key] = call
     if len(_calls) > _MOST_CALLS:
         _calls.popitem(last=False)
 
 
-def _is_launched_once(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Sequence[bool]) -> bool:
+def _path(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Sequence[bool]) -> str | None:
+    """Which path computed them; None where that alone does not tell how."""
     # A float32 product also depends on a global flag, and rows that are no matrix would be copied first.
     if x.dtype.itemsize != 2 or x.dim() < 2 or x.numel() == 0 or not (x.dim() == 2 or x.is_contiguous()):
-        return False
+        return None
     if not all(type(enabled) is bool for enabled in enable_lora):
-        return False
+        return None
     (N, K), what = weight.shape, (requested_backend(), x.device, x.dtype, lora_A.dtype)
-    return choose_forward(*what, x.numel() // K, K, N, drops=False, trains=False).path == "decode"
+    return choose_forward(*what, x.numel() // K, K, N, ranks=len(lora_A), drops=False, trains=False).path

@@ -6,6 +6,7 @@ elements of such a matrix in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _fake(weight: Tensor, *arguments: Any) -> Tensor:
 class _EffectiveWeight(torch.autograd.Function):
     """Saves lora_A and lora_B, each only if the other's gradient is wanted.
 
-    unwatched: whether `direct` holds for all tensors.
+    compute: what the op would do, where `direct` holds for all tensors.
     """
 
     @staticmethod
@@ -55,30 +56,30 @@ class _EffectiveWeight(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         backend: str,
-        unwatched: bool = False,
+        compute: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        _, wants_da, wants_db = ctx.needs_input_grad[:3]
+        _, wants_da, wants_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(lora_A if wants_db else None, lora_B if wants_da else None)
-        ctx.scaling, ctx.matrix, ctx.dtype = scaling, (lora_B.shape[0], lora_A.shape[1]), lora_A.dtype
+        ctx.arguments = scaling, (lora_B.shape[0], lora_A.shape[1]), lora_A.dtype
         ctx.set_materialize_grads(False)
-        compute = _effective_weight if unwatched else torch.ops.fused_lora.lora_effective_weight
-        return compute(weight, lora_A, lora_B, scaling, backend)  # type: ignore[no-any-return]
+        if compute is None:
+            compute = torch.ops.fused_lora.lora_effective_weight
+        return compute(weight, lora_A, lora_B, scaling, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        others = (None,) * (len(ctx.needs_input_grad) - 3)
-        if g is None:
-            return (None,) * 3 + others
-        lora_A, lora_B = ctx.saved_tensors
         da = db = None
-        with without_autocast(g):
-            matrix = in_dtype(g if g.dim() == 2 else g.reshape(ctx.matrix), ctx.dtype)
+        if g is not None:
+            lora_A, lora_B = ctx.saved_tensors
+            scaling, matrix, dtype = ctx.arguments
+            dw = in_dtype(g.reshape(matrix), dtype)
             if lora_B is not None:
-                da = product(lora_B.t(), matrix, ctx.scaling, lora_A)
+                da = product(lora_B.t(), dw, scaling, lora_A)
             if lora_A is not None:
-                db = product(matrix, lora_A.t(), ctx.scaling, lora_B)
-        return g if ctx.needs_input_grad[0] else None, da, db, *others
+                db = product(dw, lora_A.t(), scaling, lora_B)
+        # Torch drops gradients that nobody wants, and None for arguments that there are not.
+        return g, da, db, None, None, None
 
 
 _apply = direct_apply(_EffectiveWeight)
@@ -89,9 +90,16 @@ def lora_effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     tensors = (weight, lora_A, lora_B)
     if not direct(*tensors):
         return torch.ops.fused_lora.lora_effective_weight(*tensors, scaling, backend)  # type: ignore[no-any-return]
-    if differentiates(*tensors):
-        return _apply(*tensors, scaling, backend, True)  # type: ignore[no-any-return]
-    return _effective_weight(*tensors, scaling, backend)
+    return computed(_effective_weight, *tensors, scaling, backend)
+
+
+def computed(
+    compute: Callable[..., Tensor], weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
+) -> Tensor:
+    """What `compute` makes of the rest, differentiable, where `direct` holds for all tensors."""
+    if differentiates(weight, lora_A, lora_B):
+        return _apply(weight, lora_A, lora_B, scaling, backend, compute)  # type: ignore[no-any-return]
+    return compute(weight, lora_A, lora_B, scaling, backend)
 
 
 register(

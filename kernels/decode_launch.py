@@ -24,9 +24,9 @@ from .launch import (
     dropout_facts,
     input_precision,
     launch,
+    launch_again,
     plan_of,
     strides,
-    watched,
 )
 
 # Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
@@ -34,6 +34,7 @@ RANK_STEP = 64
 WIDE_RANK_STEP = 32
 WIDE = 128 * 64
 GROUP_M = 32
+FEW_ROWS = 128
 # Elements of a mask that a warp draws at once.
 MOST_DRAWN = 1024
 
@@ -67,9 +68,14 @@ def _words(tile: DecodeTile, M: int, N: int, RANKS: int) -> tuple[int, int]:
     return floats, flags
 
 
-def _described(tile: DecodeTile, x: Tensor, weight: Tensor) -> bool:
-    """Whether the copy engine reads x and weight."""
-    return tile.descriptors and describable(x) and describable(weight)
+def _described(tile: DecodeTile, x: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Whether the copy engine reads x, and whether the weight.
+
+    It is slow past x's last row, and with few rows not worth having for the weight alone.
+    """
+    whole = len(x) % tile.block_m == 0
+    of_weight = tile.descriptors and describable(weight) and (whole or len(x) > FEW_ROWS)
+    return of_weight and whole and describable(x), of_weight
 
 
 def _found_by(
@@ -128,8 +134,10 @@ def decode(
     given = _found_by(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel, dropout, bits)
     floats, flags = _words(tile, M, N, RANKS)
     descriptors: dict[str, tuple[Tensor, list[int]]] = {}
-    if _described(tile, x, weight):
+    of_x, of_weight = _described(tile, x, weight)
+    if of_x:
         descriptors["x_descriptor"] = x, [tile.block_m, tile.block_k]
+    if of_weight:
         descriptors["weight_descriptor"] = weight, [tile.block_n, tile.block_k]
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -143,7 +151,7 @@ def decode(
         return (programs,), dict(
             **strides("xm xk", x),
             **strides("wn wk", weight),
-            **({} if descriptors else {"x_descriptor": None, "weight_descriptor": None}),
+            **{name: None for name in ("x_descriptor", "weight_descriptor") if name not in descriptors},
             **strides("ar ak", lora_A),
             **strides("bn br", lora_B),
             **strides("bias", bias),
@@ -182,20 +190,20 @@ class DecodeAgain:
     def __init__(self, plan: Plan, x: Tensor, rows: Tensor, weight: Tensor, lora_A: Tensor, tile: DecodeTile) -> None:
         self.plan, self.out_shape = plan, (*x.shape[:-1], len(weight))
         self.floats, self.flags = _words(tile, len(rows), len(weight), len(lora_A))
-        self.described = _described(tile, rows, weight)
+        self.of_x, self.of_weight = _described(tile, rows, weight)
         self.x_layout, self.weight_layout = (tuple(rows.shape), rows.stride()), (tuple(weight.shape), weight.stride())
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         out = x.new_empty(self.out_shape)
         workspace = x.new_empty(self.floats, dtype=torch.float32)
         flags = flags_for(x, self.flags)
-        given: list[Any] = [x, weight, bias, lora_A, lora_B, None, None, out, None, None, workspace, flags]
-        launch = self.plan.launch_watched
-        if not watched():
-            given, launch = [None if tensor is None else tensor.data_ptr() for tensor in given], self.plan.launch
-        if self.described:
-            given += Described(x, *self.x_layout), Described(weight, *self.weight_layout)
-        launch(given)
+        given = x, weight, bias, lora_A, lora_B, None, None, out, None, None, workspace, flags
+        described = []
+        if self.of_x:
+            described.append(Described(x, *self.x_layout))
+        if self.of_weight:
+            described.append(Described(weight, *self.weight_layout))
+        launch_again(self.plan, given, described)
         return out
 
 

@@ -83,12 +83,14 @@ HOPPER = _by_rows(
         DecodeTile(64, 128, 64, 4, 5, 64, 64, parts=4, descriptors=True, dependent=True),
     ),
     up_to_128=(
+        DecodeTile(64, 32, 128, 4, 7, 64, 128, parts=2, splits=4, descriptors=True, dependent=True),
         DecodeTile(64, 64, 128, 4, 6, 64, 128, parts=2, splits=4, descriptors=True),
         DecodeTile(128, 128, 64, 4, 6, 64, 128, parts=4, descriptors=True, dependent=True),
     ),
     up_to_256=(
         DecodeTile(64, 64, 128, 4, 6, 64, 128, parts=4, descriptors=True),
         DecodeTile(64, 128, 64, 4, 7, 64, 64, parts=1, descriptors=True),
+        DecodeTile(128, 128, 64, 4, 6, 128, 64, parts=1, descriptors=True, dependent=True),
         DecodeTile(128, 256, 64, 8, 4, 64, 64, parts=4, descriptors=True, dependent=True),
     ),
     up_to_512=(
@@ -121,6 +123,15 @@ def fitted(capability: int, processors: int, rows: int, outputs: int) -> DecodeT
     tiles = table[min((most for most in table if most >= rows), default=max(table))]
     at_once = (_at_once(tile, rows, outputs, processors) for tile in tiles)
     return next((tile for tile in at_once if tile is not None), replace(tiles[-1], splits=1))
+
+
+def kept_busy(device: torch.device, rows: int, outputs: int) -> float:
+    """Which part of the multiprocessors computes tiles until the last one is done; 1 if all programs run at once."""
+    at_once = processors(device)
+    tile = fitted(capability(device), at_once, rows, outputs)
+    tiles = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n) * tile.splits
+    waves = cdiv(tiles + cdiv(rows, tile.panel_rows) * tile.parts, at_once)
+    return 1.0 if waves <= 1 else tiles / (waves * at_once)
 
 
 def _at_once(tile: DecodeTile, rows: int, outputs: int, processors: int) -> DecodeTile | None:

@@ -53,6 +53,14 @@ def watched() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def launch_again(plan: Plan, given: Sequence[Tensor | None], descriptors: Sequence[Described] = ()) -> None:
+    """With other tensors and descriptors, in the plan's order."""
+    if watched():
+        plan.launch_watched([*given, *descriptors])
+    else:
+        plan.launch([*(None if tensor is None else tensor.data_ptr() for tensor in given), *descriptors])
+
+
 class Described:
     """To a launch what Triton's TensorDescriptor is, without checks that take as long as the launch itself.
 

@@ -41,6 +41,11 @@ def use_tiles(tiles: Tiles) -> Iterator[None]:
         _in_force = previous
 
 
+def tiles_in_force() -> bool:
+    """Whether a `use_tiles` is in force."""
+    return _in_force is not None
+
+
 def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bool = True) -> Tiles:
     """The table for a device, a dtype, the sizes that a kernel steps through, and a mask aligned to blocks of 8.
 

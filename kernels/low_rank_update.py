@@ -8,14 +8,17 @@ The update is summed in float32 whatever the dtypes, so that a merged weight is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from .launch import cdiv, launch, stated_work, strides
+from .config import UpdateTile
+from .launch import cdiv, launch, launch_again, plan_of, stated_work, strides
 from .lookup import tiles_for
 
 RANK_STEP = 16
@@ -67,6 +70,13 @@ def _low_rank_update_kernel(
     tl.store(out_ptrs, (base.to(tl.float32) + acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _found_by(
+    base: Tensor, left: Tensor, right: Tensor, index: Tensor | None, tile: UpdateTile, scale: float
+) -> tuple[dict[str, Tensor | None], tuple[Hashable, ...]]:
+    """The tensors and facts by which `launch` finds a plan."""
+    return {"base_ptr": base, "left_ptr": left, "right_ptr": right, "index_ptr": index}, (tile, scale)
+
+
 def _launch(
     base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, out: Tensor, index: Tensor | None, panel: Tensor | None
 ) -> None:
@@ -92,13 +102,8 @@ def _launch(
             debug=index is not None, sanitize_overflow=False,
         )  # fmt: skip
 
-    tensors = {
-        "base_ptr": base,
-        "left_ptr": left,
-        "right_ptr": right,
-        "index_ptr": index,
-    }
-    launch(_low_rank_update_kernel, tensors, (tile, scale), arguments, {"out_ptr": out, "panel_ptr": panel})
+    found_by = _found_by(base, left, right, index, tile, scale)
+    launch(_low_rank_update_kernel, *found_by, arguments, {"out_ptr": out, "panel_ptr": panel})
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -106,9 +111,33 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
     weight may be contiguous with other dimensions instead, which the result has too.
     """
-    effective = weight.new_empty(weight.shape)
+    effective = _place_for(weight)
     _launch(weight, lora_A, lora_B, scaling, effective, None, None)
     return effective
+
+
+def _place_for(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape) if weight.dim() == 2 else torch.empty_like(weight)
+
+
+def effective_weight_again(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Callable[..., Tensor] | None:
+    """`effective_weight` for other tensors of the same kind, whatever else is given; None if it was launched for none.
+
+    The same kind: dtypes, shapes, strides, device and the addresses' alignment, and on that device.
+    """
+    tile = tiles_for(weight.device, weight.dtype).update
+    plan = plan_of(_low_rank_update_kernel, *_found_by(weight, lora_B, lora_A, None, tile, scaling))
+    if plan is None:
+        return None
+
+    def again(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *known: Any) -> Tensor:
+        effective = _place_for(weight)
+        launch_again(plan, (weight, lora_B, lora_A, None, effective, None))
+        return effective
+
+    return again
 
 
 def embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
