@@ -27,6 +27,7 @@ from fused_lora.kernels import (
     adapter_grad,
     config,
     decode_tiles,
+    first_tiles,
     fused_linear,
     launch,
     lookup,
@@ -91,9 +92,20 @@ CASES = [
 ]
 
 
+# A forward whose first tiles compute the panel, with every tile of theirs.
+FIRST_TILES = [
+    *(Case("bfloat16", adapter, r, shape=(m, 4096, 1024)) for m in (1024, 2048, 8192)
+      for adapter, r in (("bfloat16", 16), ("float32", 16), ("bfloat16", 64), ("float32", 64))),
+    Case("float16", "float16", 16, shape=(8192, 4096, 1024), fan_in_fan_out=True),
+    Case("bfloat16", "bfloat16", 8, shape=(2048, 4096, 1008), enable_lora=(True, False, True)),
+    Case("bfloat16", "bfloat16", 1, shape=(8192, 4096, 1008), enable_lora=(True, True, True)),
+]  # fmt: skip
+
 # A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
 DECODED = [
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (1, 32, 64, 128, 256, 512, 2048) for n in WIDTHS),
+    # Rows that do not fill their tiles.
+    *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (40, 100, 200, 300) for n in (1024, 4096)),
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
     *(Case("bfloat16", "float32", 256, shape=(m, 4096, 4096)) for m in (32, 64, 128, 256, 512, 2048)),
     *(Case("bfloat16", "bfloat16", 16, dropout=True, shape=(m, 4096, 4096)) for m in (1, 32, 64, 128)),
@@ -119,6 +131,15 @@ def decode_tile_as_on_a_gpu(
     decode_tiles.capability = lambda device: capability
     decode_tiles.processors = lambda device: 132
     return decode_tiles.decode_tile(torch.device("cuda", 0), *arguments, **options)
+
+
+def first_tile_as_on_a_gpu(capability: int, device: torch.device, *arguments: Any) -> config.LinearTile | None:
+    first_tiles.capability = lambda device: capability
+    first_tiles.processors = lambda device: 132
+    return FIRST_TILE(torch.device("cuda", 0), *arguments)
+
+
+FIRST_TILE = first_tiles.first_tile
 
 
 def assembler_report(ptx: str, capability: int) -> dict[str, Any]:
@@ -187,6 +208,7 @@ def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
     for module in (fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
+    first_tiles.first_tile = partial(first_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
     # Nothing is to be launched again.
     launch.CompiledKernel = ()
@@ -219,6 +241,11 @@ def main(capability: int) -> None:
     for case in DECODED:
         current[0] = case
         compile_decode(case)
+    for case in FIRST_TILES:
+        current[0] = case
+        if first_tiles.first_tile(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
+            x, weight, bias, lora_A, lora_B = tensors_of(case)
+            fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ DECODE = "kernels/decode.py"
 DECODE_TILES = "kernels/decode_tiles.py"
 DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
+FIRST_TILES = "kernels/first_tiles.py"
 RANKS = "kernels/_ranks.py"
 REPEAT = "fused_lora/repeat.py"
 DISPATCH = "fused_lora/dispatch.py"
@@ -57,6 +58,7 @@ TRITON_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[triton")
 TRITON_STRIDES = ("tests/test_op.py", "-k", "test_accuracy_with_strides[triton")
 TORCH = ("tests/test_op.py", "-k", "[reference-float32-float32")
 KERNEL_MASKS = ("tests/test_kernels.py", "-k", "mask")
+KERNEL_WORDS = ("tests/test_kernels.py", "-k", "words_of_every_width")
 HALF_MASKS = ("tests/test_op.py", "-k", "[triton-bfloat16-bfloat16 and 0.1")
 UNFUSED_PATH = ("tests/test_op.py", "-k", "[unfused-float32-float32")
 UNFUSED_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[unfused")
@@ -76,6 +78,8 @@ MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not t
 ANEW = ("tests/test_merged_inference.py",)
 ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
+WITH_PANEL = ("tests/test_first_tiles.py",)
+CHOICE = ("tests/test_dispatch.py",)
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
 KEYS = ("tests/test_launch_keys.py",)
@@ -107,6 +111,24 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("first tiles without the scale", FIRST_TILES, "(sums * scale)", "sums", WITH_PANEL),
+    Mutant("first tiles without the panel", FIRST_TILES, "quarters[quarter] + update", "quarters[quarter]", WITH_PANEL),
+    Mutant("first tiles keep another's panel", FIRST_TILES, "if tile_n == 0:", "if tile_m == 0:", WITH_PANEL),
+    Mutant("first tiles without bias", FIRST_TILES, "if bias_ptr is not None:", "if False:", WITH_PANEL),
+    Mutant("first tiles of one slice", FIRST_TILES, "own_ranks = ranks - e * R", "own_ranks = ranks", WITH_PANEL),
+    Mutant("first tiles past their slice", FIRST_TILES, " & in_slice[None, :]", "", WITH_PANEL),
+    Mutant(
+        "a tile between first and later ones",
+        FIRST_TILES,
+        "out, tile, programs)",
+        "out, tile, programs + 1)",
+        WITH_PANEL,
+    ),
+    Mutant("first tiles of any strides", FIRST_TILES, "and describable(x)", "and True", WITH_PANEL),
+    Mutant("first tiles for any ranks", DISPATCH, "ranks <= first_tiles.MOST_RANKS", "True", CHOICE),
+    Mutant("first tiles for any size", FIRST_TILES, "outputs <= FEW_OUTPUTS", "True", WITH_PANEL),
+    Mutant("one launch for any last wave", DISPATCH, ">= _BUSY", ">= 0", CHOICE),
+    Mutant("one launch for any size", DISPATCH, "rows * out_features >= _TOO_MUCH_DECODED", "False", CHOICE),
     Mutant("panels 2 % too large", PANEL, "(acc * scale).to", "(acc * scale * 1.02).to", TRITON),
     Mutant(
         "dyb 2 % too large",
@@ -126,8 +148,8 @@ MUTANTS = (
     Mutant(
         "no LoRA term in dx",
         LINEAR,
-        "_fused_linear(dy, weight, dyb, lora_A, None, bits)",
-        "_fused_linear(dy, weight, 0 * dyb, lora_A, None, bits)",
+        "_fused_linear(dy, weight, dyb, lora_A, None, bits, ",
+        "_fused_linear(dy, weight, 0 * dyb, lora_A, None, bits, ",
         TRITON,
     ),
     Mutant(
@@ -152,7 +174,7 @@ MUTANTS = (
         TRITON,
     ),
     Mutant("no 1/q in dyb", OPS, "scaling /= 1 - dropout_threshold(dropout_p) / 65536", "pass", TORCH),
-    Mutant("no mask in dx", LINEAR, "tl.where(unpacked(bits, BLOCK_M, BLOCK_J), update, 0.0)", "update", TRITON),
+    Mutant("no mask in dx", LINEAR, "tl.where(unpacked_in_pairs(words, BLOCK_M, BLOCK_J), acc, 0.0)", "acc", TRITON),
     Mutant("no mask in da", ADAPTER, "dyb, None, bits, tile", "dyb, None, None, tile", TRITON),
     Mutant("no mask in dx", REFERENCE, "_kept(dyb @ lora_A.to(dy.dtype), bits)", "dyb @ lora_A.to(dy.dtype)", TORCH),
     Mutant("no mask in da", REFERENCE, "_kept(x, bits).to(dtype)", "x.to(dtype)", TORCH),
@@ -161,26 +183,32 @@ MUTANTS = (
     Mutant("da halved", REFERENCE, "return dyb.T.to(dtype) @", "return 0.5 * dyb.T.to(dtype) @", TORCH),
     Mutant("dB 2 % too large", REDUCE, "other_out_ptr, 1.0,", "other_out_ptr, 1.02,", TRITON),
     Mutant("db of unscaled xa", REFERENCE, "panels = xa.to(dtype)", "panels = (xa.to(dtype) / scaling)", TORCH),
-    Mutant("mask one row off", DROPOUT, "(seed_ptr, rows[:, None],", "(seed_ptr, rows[:, None] + 1,", TRITON),
+    Mutant("mask one row off", DROPOUT, "(seed, rows[:, None],", "(seed, rows[:, None] + 1,", TRITON),
     Mutant(
         "mask one block off, aligned",
         DROPOUT,
-        "(seed_ptr, threshold, rows, blocks)\n    if",
-        "(seed_ptr, threshold, rows, blocks + 1)\n    if",
+        "(seed, threshold, rows, blocks)\n    bits",
+        "(seed, threshold, rows, blocks + 1)\n    bits",
         TRITON,
     ),
     Mutant("mask one block off, unaligned", DROPOUT, "rows, blocks + 1)", "rows, blocks + 2)", TRITON_OFFSETS),
     Mutant(
-        "threshold itself dropped", DROPOUT, "(w0 & 0xFFFF) >= threshold", "(w0 & 0xFFFF) > threshold", KERNEL_MASKS
-    ),
-    Mutant("threshold itself dropped", DROPOUT, "w0 >= high", "w0 > high", KERNEL_MASKS),
-    Mutant(
-        "halves of words swapped, aligned",
+        "threshold itself dropped, in low halves",
         DROPOUT,
-        "(w1 & 0xFFFF) >= threshold, 4, 0) | tl.where(w1 >= high, 8, 0)",
-        "(w1 & 0xFFFF) >= threshold, 8, 0) | tl.where(w1 >= high, 4, 0)",
-        TRITON,
+        "(threshold & 0x7FFF7FFF)",
+        "(threshold & 0x7FFF7FFF) - 1",
+        KERNEL_MASKS,
     ),
+    Mutant(
+        "threshold itself dropped, in high halves",
+        DROPOUT,
+        "(threshold & 0x7FFF7FFF)",
+        "(threshold & 0x7FFF7FFF) - (1 << 16)",
+        KERNEL_MASKS,
+    ),
+    Mutant("a half borrows from the other", DROPOUT, "word | 0x80008000", "word | 0x80000000", KERNEL_MASKS),
+    Mutant("halves of words swapped, aligned", DROPOUT, "lane % 2 * 16", "16 - lane % 2 * 16", TRITON),
+    Mutant("words swapped in the bits", DROPOUT, "pair2) * 4 + pair1", "pair1) * 4 + pair2", TRITON),
     Mutant(
         "bits read in another order",
         DROPOUT,
@@ -188,20 +216,25 @@ MUTANTS = (
         "[:, :, None] >> 7 - tl.arange(0, 8)",
         TRITON,
     ),
+    Mutant("pairs read in another order", DROPOUT, "pairs >> 2, pairs >> 4", "pairs >> 4, pairs >> 2", TRITON),
     Mutant("bits saved in another order", REFERENCE, "_BITS = (1, 2, 4", "_BITS = (2, 1, 4", KERNEL_MASKS),
+    Mutant("bits of a tile's columns mixed up", DROPOUT, "* 8 + lanes % 2", "* 8 + 1 - lanes % 2", HALF_MASKS),
     Mutant(
-        "bits of a tile's columns mixed up",
-        LINEAR,
-        "rows, first_column + 2 * QUARTER, M",
-        "rows, first_column, M",
-        HALF_MASKS,
+        "a word's bytes in another order",
+        DROPOUT,
+        "[None, None, :, None] * 8",
+        "[None, None, :, None] * 0",
+        KERNEL_WORDS,
     ),
+    Mutant("words that cross a row's edge", DROPOUT, "aligned and width", "width", ADDRESSES),
     Mutant("blocks joined where they are not cut", DROPOUT, "<< (8 - shift)", "<< (7 - shift)", TRITON_OFFSETS),
     Mutant(
         "row's high bits ignored", DROPOUT, "(rows >> 32).to(tl.uint32)", "(rows * 0).to(tl.uint32)", TRITON_OFFSETS
     ),
-    Mutant("seed's high bits ignored", DROPOUT, "tl.load(seed_ptr)", "(tl.load(seed_ptr) & 0xFFFFFFFF)", KERNEL_MASKS),
-    Mutant("seed by address", DROPOUT, "tl.load(seed_ptr)", "seed_ptr.to(tl.int64)", TRITON),
+    Mutant(
+        "seed's high bits ignored", DROPOUT, "seed.to(tl.uint64)", "(seed & 0xFFFFFFFF).to(tl.uint64)", KERNEL_MASKS
+    ),
+    Mutant("seed by address", PANEL, "tl.load(seed_ptr)", "seed_ptr.to(tl.int64)", TRITON),
     Mutant("ten rounds of Philox", DROPOUT, "static_range(7)", "static_range(10)", TRITON),
     Mutant(
         "mask one row off",
@@ -220,9 +253,7 @@ MUTANTS = (
     ),
     Mutant("q in 65535ths", REFERENCE, "1 - self.threshold / 65536", "1 - self.threshold / 65535", OPTIONS),
     Mutant("xa's mask without row offset", PANEL, "rows + row_offset", "rows", TRITON_OFFSETS),
-    Mutant(
-        "xa's mask without column offset", PANEL, "column_offset\n    acc", "0 * column_offset\n    acc", TRITON_OFFSETS
-    ),
+    Mutant("xa's mask without column offset", PANEL, "+ column_offset\n", "+ 0 * column_offset\n", TRITON_OFFSETS),
     Mutant(
         "da's mask of other columns",
         ADAPTER,
@@ -263,10 +294,7 @@ MUTANTS = (
     Mutant("rank tail read on both sides", RANKS, "panel = load_panel(", "R += BLOCK_R; panel = load_panel(", TRITON),
     Mutant("rank tail of the panel read", RANKS, " & (ranks[None, :] < R)", "", ADDRESSES),
     Mutant("rank tail of the factor read", RANKS, "(ranks[:, None] < R) & ", "", ADDRESSES),
-    Mutant(
-        "last ranks skipped, no dropout", LINEAR, "SLICE_STEPS * RANK_STEPS)", "SLICE_STEPS * RANK_STEPS - 1)", TRITON
-    ),
-    Mutant("last ranks skipped, dropout", LINEAR, "range(0, R, BLOCK_R", "range(0, R - BLOCK_R, BLOCK_R", TRITON),
+    Mutant("last ranks skipped", LINEAR, "SLICE_STEPS * RANK_STEPS)", "SLICE_STEPS * RANK_STEPS - 1)", TRITON),
     Mutant(
         "rank tail of the factor read",
         PANEL,
@@ -306,7 +334,13 @@ MUTANTS = (
         "half * QUARTER + quarter * HALF",
         TRITON,
     ),
-    Mutant("only the first group of tiles", LINEAR, "tile_m = group * GROUP_M + tile", "tile_m = tile", TRITON),
+    Mutant(
+        "only the first group of tiles",
+        LINEAR,
+        "group * GROUP_M + in_group % group_size",
+        "in_group % group_size",
+        TRITON,
+    ),
     Mutant(
         "last rows of a split dropped",
         ADAPTER,
@@ -322,7 +356,7 @@ MUTANTS = (
         TRITON,
     ),
     Mutant("last split not added", REDUCE, "splits < SPLITS", "splits < SPLITS - 1", TRITON),
-    Mutant("no bias", LINEAR, "xa, lora_B.T, bias, None", "xa, lora_B.T, None, None", TRITON),
+    Mutant("no bias", LINEAR, "if bias_ptr is not None:", "if False:", TRITON),
     Mutant("no bias", REFERENCE, "linear(x, weight, bias)", "linear(x, weight, None)", TORCH),
     Mutant(
         "fan_in_fan_out reshapes",
@@ -369,8 +403,8 @@ MUTANTS = (
     Mutant(
         "effective weight's dA unscaled",
         WEIGHT_OP,
-        "lora_B.t(), matrix, ctx.scaling,",
-        "lora_B.t(), matrix, 1.0,",
+        "lora_B.t(), dw, scaling,",
+        "lora_B.t(), dw, 1.0,",
         CONVOLUTIONS,
     ),
     Mutant("convolutions ignore dropout", CONV, "dropout_in_force(self.lora_dropout) == 0", "True", CONVOLUTIONS),
@@ -430,8 +464,8 @@ MUTANTS = (
     Mutant(
         "one launch kept from few rows",
         DISPATCH,
-        "if rows <= (_UNMASKED_DECODED if",
-        "if -1 > (_UNMASKED_DECODED if",
+        "if rows <= _UNMASKED_DECODED:",
+        "if rows < 0:",
         ONE_LAUNCH_PATH,
     ),
     Mutant("a plan for every dtype", REDUCE, "(scale, dtype, None if other is None else other[1])", "(scale,)", KEYS),
@@ -445,7 +479,7 @@ MUTANTS = (
         "*dropout_facts(dropout))",
         KEYS,
     ),
-    Mutant("a mask drawn but not applied", DECODE, "x = tl.where(keep, x, tl.zeros_like(x))", "x = x", ONE_LAUNCH),
+    Mutant("a mask drawn but not applied", DECODE, "x = kept(keep, x)", "x = x", ONE_LAUNCH),
     Mutant("given bits ignored", DECODE, "base + tl.where(keep, acc, 0.0)", "base + acc", ONE_LAUNCH),
     Mutant(
         "given bits mask the base too",
@@ -486,6 +520,11 @@ MUTANTS = (
     ),
     Mutant("a call repeated where paths are counted", REPEAT, "or not _here(x) or counted()", "or not _here(x)", AGAIN),
     Mutant("a call repeated on another GPU", REPEAT, "or not _here(x) or counted()", "or counted()", AGAIN),
+    Mutant(
+        "a weight repeated with another scaling", REPEAT, "scaling, requested_backend(),", "requested_backend(),", AGAIN
+    ),
+    Mutant("a weight repeated on another backend", REPEAT, "scaling, requested_backend(),", "scaling,", AGAIN),
+    Mutant("a weight repeated with other tiles", REPEAT, " or tiles_in_force()", "", AGAIN),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 

@@ -137,13 +137,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A Hopper that only the choice of a path asks about."""
     monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+    from fused_lora.kernels import decode_tiles, first_tiles
+
+    for tables in (decode_tiles, first_tiles):
+        monkeypatch.setattr(tables, "capability", lambda device: 90)
+        monkeypatch.setattr(tables, "processors", lambda device: 132)
     forget()
     yield torch.device("cuda", 0)
     forget()
 
 
-ALONE = {"drops": False, "trains": False}
-KINDS = [{"drops": drops, "trains": trains} for drops in (False, True) for trains in (False, True)]
+RANKS = 16
+ALONE = {"ranks": RANKS, "drops": False, "trains": False}
+KINDS = [{"ranks": RANKS, "drops": drops, "trains": trains} for drops in (False, True) for trains in (False, True)]
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
@@ -154,9 +161,20 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
         (HALF, 1024, 4096, 4096): "decode",
         (HALF, 1024, 4096, 14336): "unfused",
         (HALF, 2048, 4096, 14336): "decode",
-        (HALF, 2048, 4096, 1024): "unfused",
         (HALF, 4096, 4096, 1024): "triton",
-        (HALF, 8192, 4096, 4096): "decode",
+        (HALF, 4096, 4096, 4096): "decode",
+        (HALF, 4096, 4096, 14336): "triton",
+        (HALF, 8192, 4096, 4096): "triton",
+        # Where its last wave would leave most multiprocessors idle.
+        (HALF, 256, 4096, 12288): "decode",
+        (HALF, 384, 4096, 12288): "unfused",
+        (HALF, 512, 4096, 12288): "unfused",
+        (HALF, 512, 4096, 14336): "decode",
+        (HALF, 2048, 4096, 2048): "triton",
+        # Few outputs, whose panel comes with the first tiles.
+        (HALF, 1024, 4096, 1024): "triton",
+        (HALF, 2048, 4096, 1024): "triton",
+        (HALF, 1536, 4096, 1024): "unfused",
         (HALF, 1, 4100, 4096): "unfused",
         (HALF, 1, 4096, 4100): "unfused",
         (SINGLE, 1, 4096, 4096): "unfused",
@@ -175,14 +193,28 @@ def test_a_forward_that_keeps_or_drops_something_takes_one_launch_for_few_rows_o
     for (drops, trains), rows in most.items():
         for features in ((4096, 4096), (4096, 1024), (14336, 4096)):
             few, more = (
-                dispatch.choose_forward("auto", gpu, HALF, HALF, m, *features, drops=drops, trains=trains)
+                dispatch.choose_forward("auto", gpu, HALF, HALF, m, *features, ranks=RANKS, drops=drops, trains=trains)
                 for m in (rows, rows + 1)
             )
             assert few.path == "decode" and few.reason
             assert more == dispatch.choose_linear("auto", gpu, HALF, HALF, rows + 1, *features)
-        odd = dispatch.choose_forward("auto", gpu, HALF, HALF, 1, 4096, 4100, drops=drops, trains=trains)
-        single = dispatch.choose_forward("auto", gpu, SINGLE, SINGLE, 1, 4096, 4096, drops=drops, trains=trains)
+        kind = {"ranks": RANKS, "drops": drops, "trains": trains}
+        odd = dispatch.choose_forward("auto", gpu, HALF, HALF, 1, 4096, 4100, **kind)
+        single = dispatch.choose_forward("auto", gpu, SINGLE, SINGLE, 1, 4096, 4096, **kind)
         assert odd.path == single.path == "unfused"
+
+
+def test_first_tiles_with_the_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: torch.device) -> None:
+    for rows in (1024, 2048, 8192):
+        sizes = rows, 4096, 1024
+        for trains in (False, True):
+            few, more, masked = (
+                dispatch.choose_forward("auto", gpu, HALF, HALF, *sizes, ranks=ranks, drops=drops, trains=trains)
+                for ranks, drops in ((64, False), (65, False), (16, True))
+            )
+            assert few == dispatch._FEW_OUTPUTS
+            assert masked == dispatch.choose_linear("auto", gpu, HALF, HALF, *sizes)
+            assert more != few
 
 
 def test_a_backward_of_few_rows_takes_one_launch_for_dx(gpu: torch.device) -> None:

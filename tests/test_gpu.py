@@ -83,13 +83,15 @@ def test_more_than_2_to_the_31_elements_of_weight() -> None:
     lora_B = torch.randn(out_features, r, device="cuda", dtype=torch.bfloat16)
     y = lora_linear(x, weight, lora_A, lora_B)
     last = slice(out_features - 4096, None)
-    assert torch.equal(y[:, last], lora_linear(x, weight[last], lora_A, lora_B[last]))
+    effective = weight[last].double() + lora_B[last].double() @ lora_A.double()
+    bfloat16_unit = torch.finfo(torch.bfloat16).eps
+    expected = x.double() @ effective.T
+    assert (y[:, last] - expected).abs().max() <= 2 * bfloat16_unit * expected.abs().max()
     # A gradient that is zero but for the last columns is the last rows' own.
     dy = torch.zeros_like(y)
     dy[:, last] = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
     (dx,) = torch.autograd.grad(y, x, dy)
-    expected = dy[:, last].double() @ (weight[last].double() + lora_B[last].double() @ lora_A.double())
-    bfloat16_unit = torch.finfo(torch.bfloat16).eps
+    expected = dy[:, last].double() @ effective
     assert (dx - expected).abs().max() <= 2 * bfloat16_unit * expected.abs().max()
 
 
@@ -283,7 +285,9 @@ def test_new_row_counts_and_offsets_compile_nothing_new() -> None:
         y = lora_linear(*problem.arguments()[:4], dropout_p=0.1, training=True, seed=1, row_offset=row_offset)
         y.backward(problem.dy)
 
+    # A gradient's rows all in one program, and in several.
     run(64, 0)
+    run(2048, 0)
     before = compiled()
     for rows, row_offset in ((1, 1), (2, 16), (17, 32), (333, 7), (4096, 8)):
         run(rows, row_offset)

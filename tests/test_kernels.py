@@ -121,6 +121,19 @@ def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: i
         assert torch.equal(masked, keep)
 
 
+@pytest.mark.parametrize("columns", [192, 96, 200])
+def test_stored_bits_are_read_by_words_of_every_width(device: str, columns: int) -> None:
+    """Rows that start at multiples of eight, four and one bytes; the last tile's edge lies within the matrix."""
+    rows = 45
+    dropout = Dropout(torch.tensor([77], device=device), dropout_threshold(0.25))
+    keep, bits = dropout.mask(rows, columns).float(), dropout.bits(rows, columns)
+    nothing = torch.zeros(rows, 8, device=device), torch.zeros(8, columns, device=device)
+    ones = torch.ones(rows, 1, device=device), torch.ones(1, columns, device=device)
+    assert torch.equal(fused_linear.grad_input(*nothing, *ones, bits), keep)
+    da = adapter_grad.grad_lora_A(torch.eye(rows, device=device), ones[1].expand(rows, -1), bits, torch.float32)
+    assert torch.equal(da, keep)
+
+
 @pytest.mark.parametrize(
     ("seed", "row_offset", "column_offset", "lane"),
     [(0, 0, 0, 0xB709), (0x123456789ABCDEF0, 3, 40, 0x27B0)],

@@ -17,6 +17,7 @@ from fused_lora.kernels import (
     adapter_grad,
     decode_launch,
     few_rows_grad,
+    first_tiles,
     fused_linear,
     low_rank_update,
     mask,
@@ -25,7 +26,17 @@ from fused_lora.kernels import (
 )
 from fused_lora.kernels import launch as module
 
-LAUNCHERS = (adapter_grad, decode_launch, few_rows_grad, fused_linear, low_rank_update, mask, panel, reduce)
+LAUNCHERS = (
+    adapter_grad,
+    decode_launch,
+    few_rows_grad,
+    first_tiles,
+    fused_linear,
+    low_rank_update,
+    mask,
+    panel,
+    reduce,
+)
 
 
 class Keys(OrderedDict):

@@ -1,4 +1,4 @@
-"""Inference calls that are made again without the way there: when, and that they launch what that way would.
+"""Calls that are made again without the way there: when, and that they launch what that way would.
 
 The kernel runs in the interpreter; a stand-in for its plan notes what it would be launched with again.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 import fused_lora
 from fused_lora import repeat
-from fused_lora.functional import lora_linear
-from fused_lora.kernels import decode_launch, launch
+from fused_lora.functional import effective_weight, lora_linear
+from fused_lora.kernels import decode_launch, first_tiles, fused_linear, launch, lookup, low_rank_update
+from fused_lora.kernels.config import SAFE
 
 
 class Plan:
@@ -37,10 +39,11 @@ class Launches:
         self.plans: dict[Any, Plan] = {}
         self.made: list[dict[str, Any]] = []
         self.described: list[dict[str, Any]] = []
-        patch.setattr(decode_launch, "launch", self.launch)
-        patch.setattr(decode_launch, "plan_of", lambda *of: self.plans.get(launch._key(*of)[0]))
+        for launcher in (decode_launch, first_tiles, fused_linear, low_rank_update):
+            patch.setattr(launcher, "launch", self.launch)
+            patch.setattr(launcher, "plan_of", lambda *of: self.plans.get(launch._key(*of)[0]))
 
-    def launch(self, kernel, tensors, facts, arguments, made, descriptors) -> None:
+    def launch(self, kernel, tensors, facts, arguments, made, descriptors=MappingProxyType({})) -> None:
         launch.launch(kernel, tensors, facts, arguments, made, descriptors)
         self.made.append(made)
         self.described.append(descriptors)
@@ -98,18 +101,63 @@ def test_it_works_in_as_many_words_as_before(launches: Launches, monkeypatch: py
     assert len(flags) == 2 and flags[0] == flags[1] and floats[0] == floats[1]
 
 
-def test_descriptors_are_of_the_new_tensors(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [(8, {"x", "weight"}), (7, set()), (64, {"x", "weight"}), (65, {"weight"})],
+    ids=["few whole tiles", "few rows", "whole tiles", "many rows"],
+)
+def test_descriptors_are_of_the_new_tensors(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, rows: int, names: set[str]
+) -> None:
     monkeypatch.setattr(launch, "launch", lambda *_: None)
+    monkeypatch.setattr(decode_launch, "FEW_ROWS", 64)
     tile = decode_launch.DecodeTile(16, 16, 16, 4, 1, 16, 16, parts=1, descriptors=True)
     monkeypatch.setattr("fused_lora.decoding.decode_tile", lambda *_: tile)
-    problems = [problem(x=torch.randn(2, 3, 32, dtype=torch.bfloat16)) for _ in range(2)]
+    problems = [problem(x=torch.randn(2, rows, 32, dtype=torch.bfloat16)) for _ in range(2)]
     for t in problems:
         lora_linear(**t)
     ((described,), (given,)) = launches.described, launches.again
-    (x, _), (weight, _) = described.values()
-    for name, was, now in (("x", x, problems[1]["x"]), ("weight", weight, problems[1]["weight"])):
+    assert {name.removesuffix("_descriptor") for name in described} == names
+    for name in names:
+        (was, _), now = described[f"{name}_descriptor"], problems[1][name]
         of = given[f"{name}_descriptor"]
         assert of.base is now and tuple(of.shape) == was.shape and tuple(of.strides) == was.stride()
+
+
+@pytest.mark.parametrize("shape", [(60, 32), (2, 150, 32)])
+@pytest.mark.parametrize("kind", ["plain", "no bias", "fan_in_fan_out", "float32 adapters"])
+def test_a_forward_by_its_first_tiles_is_made_again(launches: Launches, shape: tuple[int, ...], kind: str) -> None:
+    """In one launch, or in two where there are more tiles than run at once."""
+
+    def made() -> dict[str, Any]:
+        sizes = {"x": shape, "weight": (144, 32), "lora_A": (4, 32), "lora_B": (144, 4), "bias": (144,)}
+        t = {name: torch.randn(size, dtype=torch.bfloat16) for name, size in sizes.items()} | {"scaling": 0.5}
+        wide = {name: t[name].float() for name in ("lora_A", "lora_B")}
+        return {"no bias": t | {"bias": None}, "fan_in_fan_out": transposed(t), "float32 adapters": t | wide}.get(
+            kind, t
+        )
+
+    problems = [made() for _ in range(3)]
+    with fused_lora.use_backend("triton"):
+        results = [lora_linear(**t) for t in problems]
+    first, *later = [plan.launched for plan in launches.plans.values()]
+    assert len(first) == 2 and len(later) == (0 if len(shape) == 2 else 1)
+    for given, y, t in zip(first, results[1:], problems[1:], strict=True):
+        bias = None if t["bias"] is None else t["bias"].data_ptr()
+        assert (given["bias_ptr"], given["lora_B_ptr"]) == (bias, t["lora_B"].data_ptr())
+        assert given["x_ptr"].base is t["x"] and given["weight_ptr"].base is t["weight"] and given["out_ptr"].base is y
+        lora_A = given["lora_A_ptr"]
+        assert lora_A == t["lora_A"].data_ptr() if kind == "float32 adapters" else lora_A.base is t["lora_A"]
+    for launched in later:
+        for given, before, y, t in zip(launched, first, results[1:], problems[1:], strict=True):
+            described = given["left_ptr"].base, given["right_ptr"].base, given["out_ptr"].base
+            assert all(each is tensor for each, tensor in zip(described, (t["x"], t["weight"], y), strict=True))
+            assert given["factor_ptr"] == t["lora_B"].data_ptr() and given["bias_ptr"] == before["bias_ptr"]
+            assert given["panel_ptr"] == before["panel_ptr"] and given["bits_ptr"] is None
+    for described, plan in zip(launches.described, launches.plans.values(), strict=True):
+        for name, (tensor, _) in described.items():
+            for given in plan.launched:
+                assert tuple(given[name].shape) == tensor.shape and tuple(given[name].strides) == tensor.stride(), name
 
 
 def transposed(t: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +305,7 @@ def test_bad_arguments_are_refused_after_good_ones(launches: Launches) -> None:
 def test_hooks_see_the_tensors(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     t = problem()
     lora_linear(**t)
-    monkeypatch.setattr(decode_launch, "watched", lambda: True)
+    monkeypatch.setattr(launch, "watched", lambda: True)
     y = lora_linear(**t)
     (plan,) = launches.plans.values()
     (given,) = plan.watched
@@ -277,3 +325,120 @@ def test_few_calls_are_kept(launches: Launches, monkeypatch: pytest.MonkeyPatch)
     for rows in (1, 2, 3, 3, 2, 1):
         lora_linear(**problem(rows))
     assert len(repeat._calls) == 2 and len(launches.again) == 2
+
+
+# ---- effective weights, with gradients or without ----
+
+
+def adapted(r: int = 4, dtype: torch.dtype = torch.float32, **changed: Any) -> dict[str, Any]:
+    """A convolution's weight of 6 x 3 x 2 x 2 elements and its factors, which are to be trained."""
+    shapes = {"weight": (6, 3, 2, 2), "lora_A": (r, 6), "lora_B": (12, r)}
+    tensors = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    return {n: t.requires_grad_(n != "weight") for n, t in tensors.items()} | {"scaling": 0.5} | changed
+
+
+def launched_for(t: dict[str, Any]) -> dict[str, Any]:
+    addresses = {name: t[name].data_ptr() for name in ("weight", "lora_A", "lora_B")}
+    return {"base_ptr": addresses["weight"], "left_ptr": addresses["lora_B"], "right_ptr": addresses["lora_A"]}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_is_made_again_with_its_own_tensors_and_gradients(launches: Launches, grad: bool) -> None:
+    problems = [adapted() for _ in range(3)]
+    with torch.set_grad_enabled(grad):
+        weights = [effective_weight(**t) for t in problems]
+    assert len(launches.made) == 1 and len(launches.again) == 2
+    for given, weight, t in zip(launches.again, weights[1:], problems[1:], strict=True):
+        assert given == launched_for(t) | {"index_ptr": None, "out_ptr": weight.data_ptr(), "panel_ptr": None}
+        assert weight.shape == t["weight"].shape and weight.stride() == t["weight"].stride()
+        assert weight.requires_grad == grad
+    if grad:
+        dw, t = torch.randn(6, 3, 2, 2), problems[2]
+        da, db = torch.autograd.grad(weights[2], [t["lora_A"], t["lora_B"]], dw)
+        torch.testing.assert_close(da, 0.5 * t["lora_B"].T @ dw.view(12, 6))
+        torch.testing.assert_close(db, 0.5 * dw.view(12, 6) @ t["lora_A"].T)
+
+
+def moved(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal to tensor, one element behind an aligned address."""
+    return torch.cat([tensor.new_zeros(1), tensor.detach().flatten()])[1:].view(tensor.shape)
+
+
+OTHER_WEIGHTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "rank": lambda t: adapted(5),
+    "dtype": lambda t: adapted(dtype=torch.float16),
+    "dtype of the adapter": lambda t: t | {"weight": t["weight"].bfloat16()},
+    "scaling": lambda t: t | {"scaling": 0.25},
+    "dimensions": lambda t: t | {"weight": t["weight"].view(6, 3, 4)},
+    "strides of weight": lambda t: t | {"weight": t["weight"].view(12, 6).T.contiguous().T},
+    "strides of lora_A": lambda t: t | {"lora_A": t["lora_A"].T.contiguous().T},
+    "strides of lora_B": lambda t: t | {"lora_B": t["lora_B"].T.contiguous().T},
+    **{f"alignment of {n}": lambda t, n=n: t | {n: moved(t[n])} for n in ("weight", "lora_A", "lora_B")},
+}
+
+
+@pytest.mark.parametrize("other", OTHER_WEIGHTS)
+def test_what_another_weight_comes_of_goes_another_way(launches: Launches, other: str) -> None:
+    t = adapted()
+    changed = OTHER_WEIGHTS[other](t)
+    for once in (t, changed, t, changed):
+        effective_weight(**once)
+    assert len(launches.made) == 2 and len(launches.again) == 2
+    for given, once in zip(launches.again, (t, changed), strict=True):
+        assert given | launched_for(once) == given
+
+
+def test_a_weight_in_another_memory_format_is_copied_first_each_time(launches: Launches) -> None:
+    t = adapted()
+    expected = effective_weight(**t)
+    for _ in range(2):
+        weight = effective_weight(**t | {"weight": t["weight"].to(memory_format=torch.channels_last)})
+        assert torch.equal(weight, expected) and weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(launches.made) == 3 and not launches.again
+
+
+WEIGHTS_LONG_WAYS: dict[str, Callable[[], Any]] = {
+    "paths are counted": fused_lora.count_paths,
+    "another backend": lambda: fused_lora.use_backend("reference"),
+    "other tiles": lambda: lookup.use_tiles(SAFE),
+}
+
+
+@pytest.mark.parametrize("way", WEIGHTS_LONG_WAYS)
+def test_whatever_else_matters_to_a_weight_goes_the_long_way(launches: Launches, way: str) -> None:
+    t = adapted()
+    effective_weight(**t)
+    for _ in range(2):
+        with WEIGHTS_LONG_WAYS[way]():
+            effective_weight(**t)
+    effective_weight(**t | {"weight": t["weight"].as_subclass(Subclass)})
+    assert not launches.again
+    effective_weight(**t)
+    assert len(launches.again) == 1
+
+
+def test_bad_factors_are_refused_after_good_ones(launches: Launches) -> None:
+    t = adapted()
+    effective_weight(**t)
+    with pytest.raises(ValueError, match="scaling"):
+        effective_weight(**t | {"scaling": float("nan")})
+    with pytest.raises(TypeError, match="lora_B is"):
+        effective_weight(**t | {"lora_B": t["lora_B"].double()})
+
+
+def test_hooks_see_a_weights_tensors(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = adapted()
+    effective_weight(**t)
+    monkeypatch.setattr(low_rank_update, "watched", lambda: True)
+    weight = effective_weight(**t)
+    (plan,) = launches.plans.values()
+    (given,) = plan.watched
+    assert given["base_ptr"] is t["weight"] and given["out_ptr"] is weight and not plan.launched
+
+
+def test_a_convolution_in_training_repeats_its_weight(launches: Launches) -> None:
+    layer = fused_lora.Conv2d(3, 4, 3, r=2)
+    with torch.enable_grad():
+        for _ in range(3):
+            layer(torch.randn(1, 3, 5, 5))
+    assert len(launches.made) == 1 and len(launches.again) == 2
