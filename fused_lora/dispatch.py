@@ -1,4 +1,4 @@
-"""Which path computes a LoRA layer, and why: arithmetic on devices and dtypes, no kernels.
+"""Which path computes a LoRA layer, and why: arithmetic on devices, dtypes, sizes and the kernels' tables of tiles.
 
 The request ("auto", "reference" or "triton") is read where the public function is called and travels with the op, so
 that backward takes the path forward took, on whichever thread it runs.

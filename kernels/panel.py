@@ -68,7 +68,7 @@ def _panel_kernel(
         # In the loop, it would be read in each step, and what follows from it alone computed.
         seed = tl.load(seed_ptr)
         # The first piece of the ranks stores the bits for all of them.
-        stored_columns = tl.where(tl.program_id(1) == 0, I, 0)
+        stored = rows < tl.where(tl.program_id(1) == 0, M, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, I, BLOCK_I):
         inner = start + tl.arange(0, BLOCK_I).to(tl.int64)
@@ -82,8 +82,9 @@ def _panel_kernel(
             keep, bits = draw_tile(
                 seed, threshold, real_rows + row_offset, first_column + start, BLOCK_M, BLOCK_I, ALIGNED
             )  # fmt: skip
-            in_columns = start + 8 * tl.arange(0, BLOCK_I // 8) < stored_columns
-            tl.store(bit_ptrs(bits_ptr, stride_bm, real_rows, start, BLOCK_I), bits, mask=in_columns[None, :])
+            in_columns = start + 8 * tl.arange(0, BLOCK_I // 8) < I
+            ptrs = bit_ptrs(bits_ptr, stride_bm, rows, start, BLOCK_I)
+            tl.store(ptrs, bits, mask=stored[:, None] & in_columns[None, :])
             left = kept(keep, left)
         acc = accumulate(left, factor.to(left.dtype), acc, PRECISION)
     panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr

@@ -74,12 +74,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return launches
 
 
-def linear(rows: int, r: int, dtypes, wanted: str, p: float, pattern: tuple[bool, ...], scaling: float) -> None:
-    """A layer between 24 and 36 features, forward and as much of its backward as is wanted."""
+def linear(
+    rows: int,
+    r: int,
+    dtypes,
+    wanted: str,
+    p: float,
+    pattern: tuple[bool, ...],
+    scaling: float,
+    K: int = 24,
+    N: int = 36,
+) -> None:
+    """A layer, forward and as much of its backward as is wanted."""
     dtype, adapter_dtype = dtypes
     enabled = sum(pattern)
-    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(36, 24).to(dtype)
-    lora_A, lora_B = (torch.randn(*s).to(adapter_dtype) for s in ((enabled * r, 24), (36 // len(pattern) * enabled, r)))
+    x, weight = torch.randn(rows, K).to(dtype), torch.randn(N, K).to(dtype)
+    lora_A, lora_B = (torch.randn(*s).to(adapter_dtype) for s in ((enabled * r, K), (N // len(pattern) * enabled, r)))
     leaves = [t.requires_grad_() for t, name in ((x, "x"), (lora_A, "A"), (lora_B, "B")) if name in wanted]
     options = {"scaling": scaling, "dropout_p": p, "training": True, "row_offset": rows, "enable_lora": pattern}
     y = lora_linear(x, weight, lora_A, lora_B, seed=rows, **options)
@@ -103,6 +113,11 @@ def test_one_key_means_one_launch(launches: Launches) -> None:
                 # The same again, and what differs from it in one number only.
                 for rows, r, scaling in ((5, 4, 0.5), (5, 4, 0.5), (5, 5, 0.5), (5, 4, 0.25), (21, 4, 0.5)):
                     linear(rows, r, dtypes, wanted, p, pattern, scaling)
+    with fused_lora.use_backend("triton"):
+        # Of so many outputs, the first tiles compute the panel; in two launches with so many rows.
+        for dtypes, pattern in product((HALF, MIXED), ((True,), (True, False, True))):
+            for rows, r, scaling in ((5, 4, 0.5), (5, 4, 0.5), (5, 5, 0.5), (5, 4, 0.25), (300, 4, 0.5), (300, 4, 0.5)):
+                linear(rows, r, dtypes, "", 0.0, pattern, scaling, K=32, N=144)
     for dtype, adapter_dtype in (SINGLE, HALF, MIXED):
         with fused_lora.use_backend("triton"):
             for tokens, r in ((5, 4), (5, 4), (6, 4), (5, 3)):

@@ -61,7 +61,7 @@ ARROWS = {
     "merge": {"base"},
     "base": set(),
     "functional": {"dispatch", "embedding_op", "linear_op", "repeat", "weight_op"},
-    "repeat": {"decoding", "dispatch", "ops"},
+    "repeat": {"decoding", "dispatch", "kernels", "ops"},
     "linear_op": {"dispatch", "ops", "reference"},
     "embedding_op": {"dispatch", "ops", "reference"},
     "weight_op": {"dispatch", "ops", "reference"},
@@ -70,7 +70,7 @@ ARROWS = {
     "decoding": {"fused", "kernels", "reference"},
     "unfused": {"fused", "kernels", "reference"},
     "fused": {"kernels", "reference"},
-    "dispatch": set(),
+    "dispatch": {"kernels"},
     "reference": set(),
 }
 

@@ -429,7 +429,7 @@ def test_bad_factors_are_refused_after_good_ones(launches: Launches) -> None:
 def test_hooks_see_a_weights_tensors(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     t = adapted()
     effective_weight(**t)
-    monkeypatch.setattr(low_rank_update, "watched", lambda: True)
+    monkeypatch.setattr(launch, "watched", lambda: True)
     weight = effective_weight(**t)
     (plan,) = launches.plans.values()
     (given,) = plan.watched
