@@ -58,7 +58,7 @@ def _first_tiles_kernel(
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M, True)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inner, ranks = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

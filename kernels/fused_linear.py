@@ -41,13 +41,18 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 @triton.jit
-def place(tile, M, J, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, GROUP_M: tl.constexpr):
-    """A tile's row and column: first down the first column, then by groups of rows through all others."""
-    tiles_m, others = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(J, BLOCK_J) - 1, 1)
-    group, in_group = (tile - tiles_m) // (GROUP_M * others), (tile - tiles_m) % (GROUP_M * others)
+def place(
+    tile, M, J, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr
+):  # fmt: skip
+    """A tile's row and column: by groups of rows, through all columns; before them down the first column, if asked."""
+    tiles_m, columns, rest = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J), tile
+    if COLUMN_FIRST:
+        columns, rest = tl.maximum(columns - 1, 1), tile - tiles_m
+    group, in_group = rest // (GROUP_M * columns), rest % (GROUP_M * columns)
     group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = tl.where(tile < tiles_m, tile, group * GROUP_M + in_group % group_size)
-    tile_j = tl.where(tile < tiles_m, 0, in_group // group_size + 1)
+    tile_m, tile_j = group * GROUP_M + in_group % group_size, in_group // group_size
+    if COLUMN_FIRST:
+        tile_m, tile_j = tl.where(rest < 0, tile, tile_m), tl.where(rest < 0, 0, tile_j + 1)
     return tile_m, tile_j
 
 
@@ -84,11 +89,11 @@ def _compute_tile(
     M, J, I, R,  # R ranks in each slice
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
+    SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_j = place(tile, M, J, BLOCK_M, BLOCK_J, GROUP_M)
+    tile_m, tile_j = place(tile, M, J, BLOCK_M, BLOCK_J, GROUP_M, COLUMN_FIRST)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tile_j.to(tl.int64) * BLOCK_J
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
@@ -169,7 +174,7 @@ def _fused_linear_kernel(
     first_tile,
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
+    SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -187,7 +192,7 @@ def _fused_linear_kernel(
                 out_ptr, stride_om, stride_oj,
                 bits_ptr, stride_bm, WORD,
                 M, J, I, R, WIDTH, SLICES, ENABLED,
-                BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
+                BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M, COLUMN_FIRST,
                 DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
             )  # fmt: skip
     else:
@@ -201,7 +206,7 @@ def _fused_linear_kernel(
             out_ptr, stride_om, stride_oj,
             bits_ptr, stride_bm, WORD,
             M, J, I, R, WIDTH, SLICES, ENABLED,
-            BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M,
+            BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M, COLUMN_FIRST,
             DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
         )  # fmt: skip
 
@@ -288,7 +293,7 @@ def _fused_linear(
             **strides("om oj", out),
             M=M, J=J, I=I, R=R, first_tile=first_tile, WIDTH=width, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-            SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M,
+            SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M, COLUMN_FIRST=first_tile > 0,
             DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
             EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=input_precision(left.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
