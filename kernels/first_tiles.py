@@ -106,7 +106,10 @@ def _first_tiles_kernel(
                 rows_of_B = columns + (e - slice).to(tl.int64) * WIDTH
                 B_ptrs = lora_B_ptr + own_ranks[:, None].to(tl.int64) * stride_br + rows_of_B[None, :] * stride_bn
                 factor = tl.load(B_ptrs, mask=in_ranks[:, None] & in_slice[None, :], other=0.0).to(panel.dtype)
-                update = accumulate(panel, factor, update, PRECISION)
+                # What is not finite in one slice must not meet a zero of another.
+                own_panel = tl.where(in_ranks[None, :], panel, tl.zeros_like(panel))
+                own = accumulate(own_panel, factor, tl.zeros((BLOCK_M, QUARTER), tl.float32), PRECISION)
+                update = tl.where(in_slice[None, :], own, update)
             part = quarters[quarter] + update
             if bias_ptr is not None:
                 part += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]

@@ -83,6 +83,22 @@ def test_slices_that_tiles_cross_and_slices_that_they_do_not(
     check(problem((70, 48, width * len(pattern), 5), pattern, device=device), pattern)
 
 
+@pytest.mark.parametrize("width", [64, 40])
+def test_what_is_not_finite_stays_in_its_slice_and_its_row(width: int, device: str) -> None:
+    """A panel of one slice that overflows, and an infinite x: the other slices, and the other rows, are as without."""
+    pattern = (True, False, True)
+    t = problem((70, 48, 3 * width, 5), pattern, "float16", device)
+    y, _ = computed(t, pattern)
+    overflowing = t | {"lora_A": torch.cat([t["lora_A"][:5], torch.full_like(t["lora_A"][5:], 60000)])}
+    y_of_it, _ = computed(overflowing, pattern)
+    assert torch.equal(y_of_it[:, : 2 * width], y[:, : 2 * width]) and not y_of_it[:, 2 * width :].isfinite().all()
+    x = t["x"].clone()
+    x[3, 4] = torch.inf
+    y_of_it, _ = computed(t | {"x": x}, pattern)
+    others = torch.arange(70, device=device) != 3
+    assert torch.equal(y_of_it[others], y[others]) and not y_of_it[3].isfinite().any()
+
+
 @pytest.mark.parametrize("shape", [(70, 48, 136, 5), (150, 40, 192, 17)], ids=str)
 def test_takes_any_layout_that_the_copy_engine_reads(shape: tuple[int, int, int, int], device: str) -> None:
     t = problem(shape, device=device, bias=False)
