@@ -327,9 +327,6 @@ def test_few_calls_are_kept(launches: Launches, monkeypatch: pytest.MonkeyPatch)
     assert len(repeat._calls) == 2 and len(launches.again) == 2
 
 
-# ---- effective weights, with gradients or without ----
-
-
 def adapted(r: int = 4, dtype: torch.dtype = torch.float32, **changed: Any) -> dict[str, Any]:
     """A convolution's weight of 6 x 3 x 2 x 2 elements and its factors, which are to be trained."""
     shapes = {"weight": (6, 3, 2, 2), "lora_A": (r, 6), "lora_B": (12, r)}
