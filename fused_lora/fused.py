@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_tiles, fused_linear, low_rank_update, panel
+from .kernels import adapter_grad, dx_and_da, first_tiles, fused_linear, low_rank_update, panel
 from .reference import Dropout
 
 _HERE: AbstractContextManager[object] = nullcontext()
@@ -86,7 +86,12 @@ def backward(
         dyb, db = adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
         if dyb is None:
             return None, None, db
-        dx = None if weight is None or lora_A is None else fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
+        if weight is None or lora_A is None:
+            dx = None
+        elif x is not None and bits is None and dx_and_da.takes(dy, weight, x, len(lora_A)):
+            return *dx_and_da.gradients(dy, weight, dyb, lora_A, x, dtype), db
+        else:
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
         return dx, None if x is None else adapter_grad.grad_lora_A(dyb, x, bits, dtype), db
 
 

@@ -77,7 +77,7 @@ def _finish(
 
 
 @triton.jit
-def _compute_tile(
+def compute_tile(
     tile,
     left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
     right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
@@ -182,7 +182,7 @@ def _fused_linear_kernel(
     first_tile += tl.program_id(0)
     if PERSISTENT:
         for tile in range(first_tile, tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
-            _compute_tile(
+            compute_tile(
                 tile,
                 left_ptr, stride_lm, stride_li,
                 right_ptr, stride_ri, stride_rj,
@@ -196,7 +196,7 @@ def _fused_linear_kernel(
                 DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
             )  # fmt: skip
     else:
-        _compute_tile(
+        compute_tile(
             first_tile,
             left_ptr, stride_lm, stride_li,
             right_ptr, stride_ri, stride_rj,

@@ -27,6 +27,7 @@ from fused_lora.kernels import (
     adapter_grad,
     config,
     decode_tiles,
+    dx_and_da,
     first_tiles,
     fused_linear,
     launch,
@@ -206,8 +207,9 @@ def compile_case(case: Case) -> None:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
-    for module in (fused_linear, panel, adapter_grad, low_rank_update):
+    for module in (dx_and_da, fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
+    dx_and_da.processors = lambda device: 132
     first_tiles.first_tile = partial(first_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
     # Nothing is to be launched again.

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed, so there
 
 import fused_lora.reference as reference  # noqa: E402
 from fused_lora import fused, unfused  # noqa: E402
-from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, mask, panel, reduce  # noqa: E402
+from fused_lora.kernels import adapter_grad, config, dx_and_da, fused_linear, low_rank_update, mask, panel, reduce  # noqa: E402
 from fused_lora.reference import Dropout, dropout_threshold  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
@@ -242,6 +242,17 @@ def test_kernels_state_their_work() -> None:
     arguments |= {"panel_ptr": xa, "grad_ptr": torch.empty(3, 128, 4), "product_ptr": torch.empty(2, 8, 8)}
     work = adapter_grad._work(None, None, arguments)
     assert work["flops16"] == 2 * (2 * 8 * 128 * 4)
+    matrices = {
+        "dy_ptr": x,
+        "weight_ptr": torch.empty(64, 32),
+        "dx_ptr": out,
+        "x_ptr": out,
+        "dyb_ptr": torch.empty(8, 4),
+    }
+    arguments = {"lora_A_ptr": torch.empty(4, 32), "grad_ptr": torch.empty(2, 4, 32), "N": 64, "R": 4} | matrices
+    work = dx_and_da._work(None, None, arguments)
+    assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * (2 * 8 * 32 * 4)
+    assert work["bytes"] == 2 * (8 * 64 + 2 * 8 * 32) + 4 * (64 * 32 + 8 * 4 + 3 * 4 * 32)
     weight, index = torch.empty(50, 16), torch.empty(8, dtype=torch.int64)
     arguments = {"index_ptr": index, "out_ptr": weight[:8], "left_ptr": torch.empty(50, 4), "panel_ptr": None, "R": 4}
     arguments |= {"M": 8}
