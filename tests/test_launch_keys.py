@@ -120,6 +120,10 @@ def test_one_key_means_one_launch(launches: Launches) -> None:
         for dtypes, pattern in product((HALF, MIXED), ((True,), (True, False, True))):
             for rows, r, scaling in ((5, 4, 0.5), (5, 4, 0.5), (5, 5, 0.5), (5, 4, 0.25), (300, 4, 0.5), (300, 4, 0.5)):
                 linear(rows, r, dtypes, "", 0.0, pattern, scaling, K=32, N=144)
+        # Of so many tiles of y, the first ones come with the panel, and the others in another launch.
+        for dtypes, (rows, N) in product((HALF, MIXED), ((64, 224), (128, 240))):
+            for r, scaling in ((4, 0.5), (4, 0.5), (5, 0.5), (4, 0.25)):
+                linear(rows, r, dtypes, "", 0.0, (True,), scaling, K=48, N=N)
         # Of so many tiles of dx, da comes in the same launch; in one piece and, with few outputs, in several.
         for dtypes, N in product((HALF, MIXED), (40, 16)):
             for rows, r, scaling in ((70, 4, 0.5), (70, 4, 0.5), (70, 5, 0.5), (70, 4, 0.25), (90, 4, 0.5)):
