@@ -226,11 +226,7 @@ def choose_forward(
     sizes = rows, in_features, out_features
     if ranks <= first_tiles.MOST_RANKS and first_tiles.first_tile(device, dtype, *sizes):
         return _FEW_OUTPUTS
-    if (
-        rows >= _FEWEST_ROWS_OF_WAVES
-        and ranks <= first_wave.MOST_RANKS
-        and first_wave.first_wave(device, dtype, *sizes)
-    ):
+    if rows >= _FEWEST_ROWS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
     if rows <= _UNMASKED_DECODED:

@@ -105,9 +105,19 @@ FIRST_TILES = [
 
 # A forward whose panel comes with the first of several waves of tiles.
 FIRST_WAVE = [
-    *(Case("bfloat16", adapter, r) for adapter, r in (("bfloat16", 16), ("float32", 16), ("float32", 64))),
-    Case("float16", "float16", 33, shape=(8192, 4096, 4000)),
+    *(
+        Case("bfloat16", adapter, r)
+        for adapter, r in (("bfloat16", 16), ("float32", 8), ("float32", 48), ("float32", 64))
+    ),
+    Case("float16", "float16", 5, shape=(8192, 4096, 4000)),
     Case("bfloat16", "bfloat16", 16, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
+]
+
+# dx and da in one launch.
+BOTH_GRADIENTS = [
+    Case("bfloat16", "float32", 8, fan_in_fan_out=True),
+    Case("float16", "float16", 32, shape=(8192, 1008, 4096)),
+    Case("bfloat16", "bfloat16", 17, shape=(8192, 4096, 1008)),
 ]
 
 # A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
@@ -257,6 +267,11 @@ def main(capability: int) -> None:
         if first_tiles.first_tile(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
             x, weight, bias, lora_A, lora_B = tensors_of(case)
             fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
+    for case in BOTH_GRADIENTS if capability >= 90 else []:
+        current[0] = case
+        x, weight, _, lora_A, _ = tensors_of(case)
+        dyb = x.new_empty(len(x), case.r)
+        dx_and_da.gradients(x.new_empty(len(x), len(weight)), weight, dyb, lora_A, x, lora_A.dtype)
     if capability == 90:
         first_wave.first_wave = lambda *sizes: first_wave.HOPPER
         for case in FIRST_WAVE:
