@@ -116,8 +116,7 @@ def test_fits_where_the_last_wave_has_room_for_the_panel() -> None:
 
 
 @interpreted
-# And more rows of tiles than a group of them has.
-@pytest.mark.parametrize("shape", [*SHAPES, (288, 16, 192, 3)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_allocations")
 def test_touches_only_its_arguments_and_writes_every_element_once(
     shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -131,6 +130,13 @@ def test_touches_only_its_arguments_and_writes_every_element_once(
     assert counts["launches"] == 2
     assert not y.isnan().any() and not xa.isnan().any()
     assert len(flags) == 1 and not flags[0].any()
+
+
+@interpreted
+def test_all_waves_go_through_the_tiles_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more rows of tiles than a group of them has, and a first wave that is longer than the group."""
+    monkeypatch.setattr(first_wave, "processors", lambda device: 24)
+    check(problem((288, 16, 192, 3), "cpu"))
 
 
 @interpreted
