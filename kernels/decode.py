@@ -30,9 +30,8 @@ from .launch import cdiv, stated_work
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     x, out, factors = args["x_ptr"], args["out_ptr"], (args["lora_A_ptr"], args["lora_B_ptr"])
-    producers = cdiv(len(x), args["PANEL_ROWS"]) * args["PARTS"] if args["RANK_STEPS"] > 0 else 0
-    tiles = cdiv(len(x), args["BLOCK_M"]) * cdiv(args["N"], args["BLOCK_N"]) * args["SPLITS"]
-    share = (grid[0] - producers) / tiles
+    tiles = cdiv(len(x), args["BLOCK_M"]) * cdiv(args["N"], args["BLOCK_N"])
+    share = (args["first_tiles"] or tiles) / tiles
     flops = 2.0 * len(x) * (share * (x.shape[1] * args["N"] + factors[1].numel()) + factors[0].numel())
     others = (args["weight_ptr"], *factors, args["bias_ptr"], args["drawn_ptr"], args["bits_ptr"])
     return stated_work("decode", flops, x, *others, out[: round(share * len(out))], dtype=x.dtype)
@@ -178,7 +177,7 @@ def _finish(
 
 @triton.jit(
     launch_metadata=_work,
-    do_not_specialize=["M", "stride_dm", "stride_bm", "threshold", "row_offset", "column_offset"],
+    do_not_specialize=["M", "first_tiles", "stride_dm", "stride_bm", "threshold", "row_offset", "column_offset"],
 )
 def decode_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
@@ -196,6 +195,7 @@ def decode_kernel(
     flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
     scale,
     M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
+    first_tiles,  # how many of out's tiles are computed, or None for all
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
     PARTS: tl.constexpr, PANEL_ROWS: tl.constexpr, PANEL_K: tl.constexpr, PANEL_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
@@ -285,7 +285,7 @@ def decode_kernel(
                 out_ptr, stride_om,
                 bits_ptr, stride_bm,
                 panel_ptr, flags_ptr, flags_ptr + 1,
-                rows, columns, tile_n, panel_tiles, (tl.num_programs(0) - producers) // SPLITS,
+                rows, columns, tile_n, panel_tiles, tiles_m * tiles_n if first_tiles is None else first_tiles,
                 M, N, R, RANKS,
                 WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
             )  # fmt: skip

@@ -125,7 +125,7 @@ def decode(
     Of x [M, K], weight [N, K], lora_A [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no
     term, and no panel. dropout: on x for the panel; 1/q is applied beside scale, and without it there are no bits.
     bits: of a mask on the low-rank term, [M, cdiv(N, 8)]. first: how many of y's tiles to compute, the first ones in
-    fused_linear.py's order, where K is not split; None is all.
+    fused_linear.py's order; None is all.
     """
     (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
     out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS)) if keep_panel else None
@@ -148,7 +148,8 @@ def decode(
         touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
         block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
         panel_k = _panel_k(tile, panel_r, x, lora_A, dropout)
-        programs = first or cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * tile.splits
+        tiles = first or cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+        programs = tiles * tile.splits
         if R > 0:
             programs += cdiv(M, tile.panel_rows) * tile.parts
         return (programs,), dict(
@@ -162,7 +163,7 @@ def decode(
             **strides("dm", drawn), **dropout_arguments(dropout),
             **strides("bm", bits),
             scale=scale,
-            M=M, N=N, K=K, R=R, RANKS=RANKS,
+            M=M, N=N, K=K, R=R, RANKS=RANKS, first_tiles=first,
             WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
             PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=panel_k, PANEL_R=panel_r,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,

@@ -138,7 +138,13 @@ MUTANTS = (
         "a tile after the first wave left out", FIRST_WAVE, "y, other, first)", "y, other, first + 1)", FIRST_OF_WAVES
     ),
     Mutant("first wave in another order", DECODE_LAUNCH, "GROUP_M if first else ", "", FIRST_OF_WAVES),
-    Mutant("flags of a first wave left", DECODE, "tl.num_programs(0) - producers", "tiles_m * tiles_n", FIRST_OF_WAVES),
+    Mutant(
+        "flags of a first wave left",
+        DECODE,
+        "tiles_m * tiles_n if first_tiles is None else first_tiles",
+        "tiles_m * tiles_n",
+        FIRST_OF_WAVES,
+    ),
     Mutant("one launch for whole waves", DISPATCH, "rows >= _FEWEST_ROWS_OF_WAVES", "False", CHOICE),
     Mutant("whole waves for few rows", DISPATCH, "rows >= _FEWEST_ROWS_OF_WAVES and ", "", CHOICE),
     Mutant("first tiles without the scale", FIRST_TILES, "(sums * scale)", "sums", WITH_PANEL),

@@ -257,10 +257,10 @@ def test_kernels_state_their_work() -> None:
     work = adapter_grad._work(None, None, arguments)
     assert work["flops16"] == 2 * (2 * 8 * 128 * 4)
     arguments = {"x_ptr": x, "weight_ptr": right.T, "lora_A_ptr": torch.empty(4, 64), "lora_B_ptr": torch.empty(32, 4)}
-    arguments |= {"out_ptr": out, "bias_ptr": None, "drawn_ptr": None, "bits_ptr": None, "N": 32, "RANK_STEPS": 1}
-    arguments |= {"PANEL_ROWS": 8, "PARTS": 2, "BLOCK_M": 4, "BLOCK_N": 16, "SPLITS": 1}
-    # Four tiles beside two programs that compute the panel; and three.
-    whole, first = (decode._work((programs,), None, arguments) for programs in (6, 5))
+    arguments |= {"out_ptr": out, "bias_ptr": None, "drawn_ptr": None, "bits_ptr": None, "N": 32}
+    arguments |= {"BLOCK_M": 4, "BLOCK_N": 16}
+    # Four tiles, and three of them.
+    whole, first = (decode._work(None, None, arguments | {"first_tiles": tiles}) for tiles in (None, 3))
     assert whole["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * (64 + 32)
     assert whole["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * 4 * (64 + 32)
     assert first["flops16"] == 0.75 * 2 * 8 * 32 * (64 + 4) + 2 * 8 * 4 * 64
