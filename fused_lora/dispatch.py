@@ -54,6 +54,8 @@ _FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 
 # Which part of the multiprocessors that launch must keep busy.
 _BUSY = 0.8
 _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
+# With fewer, of a forward alone, one launch takes as little time as two that compute the panel in the first wave.
+_FEWEST_ROWS_OF_WAVES = 4096
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
 _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
@@ -219,10 +221,13 @@ def choose_forward(
         return _ASKED_TO_DECODE
     if drops or torch.cuda.get_device_capability(device) != (9, 0):
         return _FEW_DECODED_ROWS if rows <= _FEW_DECODED else choice
-    from .kernels import decode_tiles, first_tiles
+    from .kernels import decode_tiles, first_tiles, first_wave
 
-    if ranks <= first_tiles.MOST_RANKS and first_tiles.first_tile(device, dtype, rows, in_features, out_features):
+    sizes = rows, in_features, out_features
+    if ranks <= first_tiles.MOST_RANKS and first_tiles.first_tile(device, dtype, *sizes):
         return _FEW_OUTPUTS
+    if rows >= _FEWEST_ROWS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
+        return choice
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
     if rows <= _UNMASKED_DECODED:
         return _FEW_DECODED_ROWS if busy else choice

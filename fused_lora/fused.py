@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_tiles, fused_linear, low_rank_update, panel
+from .kernels import adapter_grad, dx_and_da, first_tiles, first_wave, fused_linear, low_rank_update, panel
 from .reference import Dropout
 
 _HERE: AbstractContextManager[object] = nullcontext()
@@ -38,6 +38,8 @@ def forward(
             tile = first_tiles.first_tile(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
             if tile is not None and first_tiles.takes(x, weight, lora_A):
                 return *first_tiles.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
+            if first_wave.takes(x, weight, lora_A):
+                return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
         xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
         return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
 
@@ -86,7 +88,12 @@ def backward(
         dyb, db = adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
         if dyb is None:
             return None, None, db
-        dx = None if weight is None or lora_A is None else fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
+        if weight is None or lora_A is None:
+            dx = None
+        elif x is not None and bits is None and dx_and_da.takes(dy, weight, x, len(lora_A)):
+            return *dx_and_da.gradients(dy, weight, dyb, lora_A, x, dtype), db
+        else:
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
         return dx, None if x is None else adapter_grad.grad_lora_A(dyb, x, bits, dtype), db
 
 

@@ -36,6 +36,27 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
 
 
+@triton.jit
+def load_rows(
+    left_ptr, stride_lm, stride_li,  # [M, I]
+    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    start, inner, ranks,
+    M, I, R,
+    BLOCK_M: tl.constexpr, EVEN_I: tl.constexpr,
+):  # fmt: skip
+    """left at the columns `inner` and the panel at `ranks`, BLOCK_M rows of each from row `start` on; zero past M."""
+    rows = start + tl.arange(0, BLOCK_M)
+    # In 32 bits: every row of every load is compared.
+    in_rows = tl.arange(0, BLOCK_M)[:, None] < tl.minimum(M - start, BLOCK_M).to(tl.int32)
+    left_ptrs = left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li
+    if EVEN_I:
+        left = tl.load(left_ptrs, mask=in_rows, other=0.0)
+    else:
+        left = tl.load(left_ptrs, mask=in_rows & (inner[None, :] < I), other=0.0)
+    panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+    return left, tl.load(panel_ptrs, mask=in_rows & (ranks[None, :] < R), other=0.0)
+
+
 # stride_ds is a multiple of M, and M must not make new kernels.
 @triton.jit(
     launch_metadata=_work,
@@ -76,20 +97,16 @@ def _adapter_grad_kernel(
     for start in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
         local = tl.arange(0, BLOCK_M)
         rows = start + local
-        # In 32 bits: every row of every load is compared.
         remaining = tl.minimum(M - start, BLOCK_M).to(tl.int32)
-        in_rows = local[:, None] < remaining
-        left_ptrs = left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li
-        if EVEN_I:
-            left = tl.load(left_ptrs, mask=in_rows, other=0.0)
-        else:
-            left = tl.load(left_ptrs, mask=in_rows & (inner[None, :] < I), other=0.0)
-        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-        panel = tl.load(panel_ptrs, mask=in_rows & in_ranks, other=0.0)
+        left, panel = load_rows(
+            left_ptr, stride_lm, stride_li,
+            panel_ptr, stride_pm, stride_pr,
+            start, inner, ranks, M, I, R, BLOCK_M, EVEN_I,
+        )  # fmt: skip
         if factor_ptr is not None:
             product = tl.dot(left, factor, input_precision=PRECISION)
             product_ptrs = product_ptr + tile.to(tl.int64) * stride_ds + rows[:, None] * stride_dm
-            tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
+            tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=(local < remaining)[:, None] & in_ranks)
         if bits_ptr is not None:
             ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_inner, BLOCK_I)
             bits = tl.load(ptrs, mask=in_bits(local, first_inner, remaining, I, BLOCK_I), other=0)

@@ -24,14 +24,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, draw_tile, in_bits, kept, unpacked
 from ._slices import enabled_among, enabled_slice
-from .launch import stated_work
+from .fused_linear import place
+from .launch import cdiv, stated_work
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     x, out, factors = args["x_ptr"], args["out_ptr"], (args["lora_A_ptr"], args["lora_B_ptr"])
-    flops = 2.0 * (x.numel() * args["N"] + len(x) * sum(factor.numel() for factor in factors))
-    others = (args["weight_ptr"], *factors, args["bias_ptr"], args["drawn_ptr"], args["bits_ptr"], out)
-    return stated_work("decode", flops, x, *others, dtype=x.dtype)
+    tiles = cdiv(len(x), args["BLOCK_M"]) * cdiv(args["N"], args["BLOCK_N"])
+    share = (args["first_tiles"] or tiles) / tiles
+    flops = 2.0 * len(x) * (share * (x.shape[1] * args["N"] + factors[1].numel()) + factors[0].numel())
+    others = (args["weight_ptr"], *factors, args["bias_ptr"], args["drawn_ptr"], args["bits_ptr"])
+    return stated_work("decode", flops, x, *others, out[: round(share * len(out))], dtype=x.dtype)
 
 
 @triton.jit
@@ -174,7 +177,7 @@ def _finish(
 
 @triton.jit(
     launch_metadata=_work,
-    do_not_specialize=["M", "stride_dm", "stride_bm", "threshold", "row_offset", "column_offset"],
+    do_not_specialize=["M", "first_tiles", "stride_dm", "stride_bm", "threshold", "row_offset", "column_offset"],
 )
 def decode_kernel(
     x_ptr, stride_xm, stride_xk,  # [M, K]
@@ -192,6 +195,7 @@ def decode_kernel(
     flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
     scale,
     M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
+    first_tiles,  # how many of out's tiles are computed, or None for all
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
     PARTS: tl.constexpr, PANEL_ROWS: tl.constexpr, PANEL_K: tl.constexpr, PANEL_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
@@ -228,9 +232,7 @@ def decode_kernel(
     else:
         tile = (program - producers) // SPLITS
         split = (program - producers) % SPLITS
-        group, place = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
-        group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-        tile_m, tile_n = group * GROUP_M + place % group_size, place // group_size
+        tile_m, tile_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M, False)
         rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_rows, in_columns = (rows < M)[:, None], (columns < N)[None, :]
@@ -283,7 +285,7 @@ def decode_kernel(
                 out_ptr, stride_om,
                 bits_ptr, stride_bm,
                 panel_ptr, flags_ptr, flags_ptr + 1,
-                rows, columns, tile_n, panel_tiles, tiles_m * tiles_n,
+                rows, columns, tile_n, panel_tiles, tiles_m * tiles_n if first_tiles is None else first_tiles,
                 M, N, R, RANKS,
                 WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
             )  # fmt: skip

@@ -14,7 +14,7 @@ from .config import rank_block
 from .decode import decode_kernel
 from .decode_tiles import DecodeTile
 from .flags import flags_for
-from .fused_linear import describable
+from .fused_linear import GROUP_M, describable
 from .launch import (
     Described,
     Dropout,
@@ -33,7 +33,7 @@ from .launch import (
 RANK_STEP = 64
 WIDE_RANK_STEP = 32
 WIDE = 128 * 64
-GROUP_M = 32
+GROUP_M_ALONE = 32
 FEW_ROWS = 128
 # Elements of a mask that a warp draws at once.
 MOST_DRAWN = 1024
@@ -90,6 +90,7 @@ def _found_by(
     keep_panel: bool,
     dropout: Dropout | None,
     bits: Tensor | None,
+    first: int | None = None,
 ) -> tuple[dict[str, Tensor | None], tuple[Hashable, ...]]:
     """The tensors and facts by which `launch` finds a plan."""
     tensors = {
@@ -101,7 +102,7 @@ def _found_by(
         "seed_ptr": None if dropout is None else dropout.seed,
         "bits_ptr": bits,
     }
-    return tensors, (tile, input_precision(x.dtype), scale, keep_panel, *dropout_facts(dropout), *enable_lora)
+    return tensors, (tile, input_precision(x.dtype), scale, keep_panel, first, *dropout_facts(dropout), *enable_lora)
 
 
 def decode(
@@ -117,12 +118,14 @@ def decode(
     dropout: Dropout | None = None,
     bits: Tensor | None = None,
     keep_panel: bool = True,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], its panel xa [M, enabled * R] if kept, both in x's dtype, and the bits of the mask, [M, cdiv(K, 8)].
 
     Of x [M, K], weight [N, K], lora_A [enabled * R, K], lora_B [enabled * N / slices, R] and bias [N]. R may be 0: no
     term, and no panel. dropout: on x for the panel; 1/q is applied beside scale, and without it there are no bits.
-    bits: of a mask on the low-rank term, [M, cdiv(N, 8)].
+    bits: of a mask on the low-rank term, [M, cdiv(N, 8)]. first: how many of y's tiles to compute, the first ones in
+    fused_linear.py's order; None is all.
     """
     (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
     out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS)) if keep_panel else None
@@ -131,7 +134,7 @@ def decode(
         return out, panel, drawn
     if dropout is not None:
         scale /= dropout.keep_probability
-    given = _found_by(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel, dropout, bits)
+    given = _found_by(x, weight, bias, lora_A, lora_B, scale, tile, enable_lora, keep_panel, dropout, bits, first)
     floats, flags = _words(tile, M, N, RANKS)
     descriptors: dict[str, tuple[Tensor, list[int]]] = {}
     of_x, of_weight = _described(tile, x, weight)
@@ -145,7 +148,8 @@ def decode(
         touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
         block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
         panel_k = _panel_k(tile, panel_r, x, lora_A, dropout)
-        programs = cdiv(M, tile.block_m) * cdiv(N, tile.block_n) * tile.splits
+        tiles = first or cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+        programs = tiles * tile.splits
         if R > 0:
             programs += cdiv(M, tile.panel_rows) * tile.parts
         return (programs,), dict(
@@ -159,11 +163,11 @@ def decode(
             **strides("dm", drawn), **dropout_arguments(dropout),
             **strides("bm", bits),
             scale=scale,
-            M=M, N=N, K=K, R=R, RANKS=RANKS,
+            M=M, N=N, K=K, R=R, RANKS=RANKS, first_tiles=first,
             WIDTH=width, **slice_arguments(enable_lora), SLICE_STEPS=touched,
             PARTS=tile.parts, PANEL_ROWS=tile.panel_rows, PANEL_K=panel_k, PANEL_R=panel_r,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
-            BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M,
+            BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M if first else GROUP_M_ALONE,
             EVEN_K=K % max(tile.block_k, panel_k) == 0, EVEN_N=N % tile.block_n == 0,
             PRECISION=input_precision(x.dtype), DEPENDENT=tile.dependent, launch_pdl=tile.dependent,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,

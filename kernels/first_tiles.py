@@ -211,7 +211,7 @@ def forward(
     given = _found_by(x, weight, bias, lora_A, lora_B, scale, enable_lora, tile)
     launch(_first_tiles_kernel, *given, arguments, {"panel_ptr": panel}, described)
     if programs < tiles:
-        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, tile, programs)
+        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, tile, programs, True)
     return out, panel
 
 
@@ -274,7 +274,7 @@ def forward_again(
     later = None
     if programs < tiles:
         panel = rows.new_empty((M, len(lora_A)))
-        later = later_tiles_plan(rows, weight, bias, panel, lora_B, enable_lora, tile, programs)
+        later = later_tiles_plan(rows, weight, bias, panel, lora_B, enable_lora, tile, programs, True)
         if later is None:
             return None
     return None if plan is None else ForwardAgain(plan, later, x, rows, weight, lora_A)

@@ -35,8 +35,10 @@ RANK_STEP = 32
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     left, right, out = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "right_ptr", "out_ptr"))
-    tensors = (left, right, args["panel_ptr"], args["factor_ptr"], args["bias_ptr"], args["bits_ptr"], out)
-    flops = 2.0 * args["M"] * args["J"] * (args["I"] + args["R"])
+    share = 1 - args["first_tile"] / (cdiv(args["M"], args["BLOCK_M"]) * cdiv(args["J"], args["BLOCK_J"]))
+    factors = args["panel_ptr"], args["factor_ptr"], args["bias_ptr"]
+    tensors = (left, right, *factors, args["bits_ptr"], out[: round(share * len(out))])
+    flops = 2.0 * share * args["M"] * args["J"] * (args["I"] + args["R"])
     return stated_work("fused_linear", flops, *tensors, dtype=left.dtype)
 
 
@@ -77,7 +79,7 @@ def _finish(
 
 
 @triton.jit
-def _compute_tile(
+def compute_tile(
     tile,
     left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
     right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
@@ -182,7 +184,7 @@ def _fused_linear_kernel(
     first_tile += tl.program_id(0)
     if PERSISTENT:
         for tile in range(first_tile, tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
-            _compute_tile(
+            compute_tile(
                 tile,
                 left_ptr, stride_lm, stride_li,
                 right_ptr, stride_ri, stride_rj,
@@ -196,7 +198,7 @@ def _fused_linear_kernel(
                 DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
             )  # fmt: skip
     else:
-        _compute_tile(
+        compute_tile(
             first_tile,
             left_ptr, stride_lm, stride_li,
             right_ptr, stride_ri, stride_rj,
@@ -232,6 +234,7 @@ def _found_by(
     enable_lora: Sequence[bool],
     tile: LinearTile,
     first_tile: int,
+    column_first: bool,
 ) -> tuple[dict[str, Tensor | None], tuple[Hashable, ...]]:
     """The tensors and facts by which `launch` finds a plan."""
     tensors = {
@@ -242,7 +245,7 @@ def _found_by(
         "bias_ptr": bias,
         "bits_ptr": bits,
     }
-    return tensors, (tile, first_tile, input_precision(left.dtype), *enable_lora)
+    return tensors, (tile, first_tile, column_first, input_precision(left.dtype), *enable_lora)
 
 
 def _fused_linear(
@@ -256,8 +259,9 @@ def _fused_linear(
     out: Tensor,
     tile: LinearTile | None = None,
     first_tile: int = 0,
+    column_first: bool = False,
 ) -> Tensor:
-    """out [M, J], computed from its first_tile on."""
+    """out [M, J], computed from its first_tile on, in the order of `place`."""
     (M, I), J, R = left.shape, right.shape[1], len(factor)
     if out.numel() == 0:
         return out
@@ -281,7 +285,7 @@ def _fused_linear(
         described = {"left_ptr": (left, [tile.block_m, tile.block_i]), "right_ptr": (rows_of_right, block)}
     if stored:
         described["out_ptr"] = out, [tile.block_m, tile.block_j // 4]
-    given = _found_by(left, right, panel, factor, bias, bits, enable_lora, tile, first_tile)
+    given = _found_by(left, right, panel, factor, bias, bits, enable_lora, tile, first_tile, column_first)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         return (programs,), dict(
@@ -293,7 +297,7 @@ def _fused_linear(
             **strides("om oj", out),
             M=M, J=J, I=I, R=R, first_tile=first_tile, WIDTH=width, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-            SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M, COLUMN_FIRST=first_tile > 0,
+            SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M, COLUMN_FIRST=column_first,
             DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
             EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=input_precision(left.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -322,9 +326,10 @@ def later_tiles(
     out: Tensor,
     tile: LinearTile,
     first_tile: int,
+    column_first: bool = False,
 ) -> None:
     """`forward` into those tiles of out, one at least, that are not before first_tile in the order of `place`."""
-    _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora, out, tile, first_tile)
+    _fused_linear(x, weight.T, xa, lora_B.T, bias, None, enable_lora, out, tile, first_tile, column_first)
 
 
 def later_tiles_plan(
@@ -336,9 +341,10 @@ def later_tiles_plan(
     enable_lora: Sequence[bool],
     tile: LinearTile,
     first_tile: int,
+    column_first: bool = False,
 ) -> Plan | None:
     """What `launch` has kept of the same."""
-    given = _found_by(x, weight.T, xa, lora_B.T, bias, None, enable_lora, tile, first_tile)
+    given = _found_by(x, weight.T, xa, lora_B.T, bias, None, enable_lora, tile, first_tile, column_first)
     return plan_of(_fused_linear_kernel, *given)
 
 

@@ -12,7 +12,17 @@ triton = pytest.importorskip("triton", reason="triton is not installed, so there
 
 import fused_lora.reference as reference  # noqa: E402
 from fused_lora import fused, unfused  # noqa: E402
-from fused_lora.kernels import adapter_grad, config, fused_linear, low_rank_update, mask, panel, reduce  # noqa: E402
+from fused_lora.kernels import (  # noqa: E402
+    adapter_grad,
+    config,
+    decode,
+    dx_and_da,
+    fused_linear,
+    low_rank_update,
+    mask,
+    panel,
+    reduce,
+)
 from fused_lora.reference import Dropout, dropout_threshold  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
@@ -228,9 +238,13 @@ def test_kernels_state_their_work() -> None:
         "bits_ptr": torch.empty(8, 4, dtype=torch.uint8),
         "out_ptr": out,
     }
-    work = fused_linear._work(None, None, arguments | {"M": 8, "J": 32, "I": 64, "R": 4})
+    arguments |= {"M": 8, "J": 32, "I": 64, "R": 4, "BLOCK_M": 4, "BLOCK_J": 16, "first_tile": 0}
+    work = fused_linear._work(None, None, arguments)
     assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * 32
     assert work["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * (8 * 4 + 4 * 32) + 8 * 4
+    # Three of four tiles.
+    later = fused_linear._work(None, None, arguments | {"first_tile": 1})
+    assert (later["flops16"], later["bytes"]) == (0.75 * work["flops16"], work["bytes"] - 2 * 8 * 32 / 4)
     # Two of three slices of 64 columns, which are all that is read.
     left, xa = torch.empty(8, 192, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.bfloat16)
     b = torch.empty(128, 4)
@@ -242,6 +256,26 @@ def test_kernels_state_their_work() -> None:
     arguments |= {"panel_ptr": xa, "grad_ptr": torch.empty(3, 128, 4), "product_ptr": torch.empty(2, 8, 8)}
     work = adapter_grad._work(None, None, arguments)
     assert work["flops16"] == 2 * (2 * 8 * 128 * 4)
+    arguments = {"x_ptr": x, "weight_ptr": right.T, "lora_A_ptr": torch.empty(4, 64), "lora_B_ptr": torch.empty(32, 4)}
+    arguments |= {"out_ptr": out, "bias_ptr": None, "drawn_ptr": None, "bits_ptr": None, "N": 32}
+    arguments |= {"BLOCK_M": 4, "BLOCK_N": 16}
+    # Four tiles, and three of them.
+    whole, first = (decode._work(None, None, arguments | {"first_tiles": tiles}) for tiles in (None, 3))
+    assert whole["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * (64 + 32)
+    assert whole["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * 4 * (64 + 32)
+    assert first["flops16"] == 0.75 * 2 * 8 * 32 * (64 + 4) + 2 * 8 * 4 * 64
+    assert first["bytes"] == whole["bytes"] - 2 * 8 * 32 / 4
+    matrices = {
+        "dy_ptr": x,
+        "weight_ptr": torch.empty(64, 32),
+        "dx_ptr": out,
+        "x_ptr": out,
+        "dyb_ptr": torch.empty(8, 4),
+    }
+    arguments = {"lora_A_ptr": torch.empty(4, 32), "grad_ptr": torch.empty(2, 4, 32), "N": 64, "R": 4} | matrices
+    work = dx_and_da._work(None, None, arguments)
+    assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * (2 * 8 * 32 * 4)
+    assert work["bytes"] == 2 * (8 * 64 + 2 * 8 * 32) + 4 * (64 * 32 + 8 * 4 + 3 * 4 * 32)
     weight, index = torch.empty(50, 16), torch.empty(8, dtype=torch.int64)
     arguments = {"index_ptr": index, "out_ptr": weight[:8], "left_ptr": torch.empty(50, 4), "panel_ptr": None, "R": 4}
     arguments |= {"M": 8}
