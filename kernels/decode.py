@@ -8,7 +8,8 @@ computed where the last wave of tiles leaves multiprocessors idle. The first pro
 brackets, each over a part of the contraction; the last of a tile's to arrive adds the parts up in a fixed order. All
 other programs stream w meanwhile, each for its own columns of out, and wait for the panel only before their last, small
 product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits for nobody. The
-last program of all leaves the flags as it found them, at zero.
+last program of all leaves the flags as it found them, at zero. Of a large output the first tiles alone may be computed,
+beside the panel of all rows: first_wave.py.
 
 Without dropout a row's bits do not depend on other rows, nor, with the same tiles, on how many there are.
 """

@@ -156,8 +156,8 @@ MUTANTS = (
     Mutant(
         "a tile between first and later ones",
         FIRST_TILES,
-        "out, tile, programs)",
-        "out, tile, programs + 1)",
+        "out, tile, programs, True)",
+        "out, tile, programs + 1, True)",
         WITH_PANEL,
     ),
     Mutant("first tiles of any strides", FIRST_TILES, "and describable(x)", "and True", WITH_PANEL),
