@@ -104,7 +104,7 @@ def takes(dy: Tensor, weight: Tensor, x: Tensor, r: int) -> bool:
 def rows_of_task(tile: LinearTile, rows: int, outputs: int) -> int:
     """How many rows of x one program reads at once; about as long as it computes a tile of dx, from dy [rows, outputs].
 
-    Half a tile's width of columns, of 2 * outputs rows, on an H200: a fortieth of the memory's bandwidth for each.
+    That is half a tile's columns of 2 * outputs rows, if each program gets a hundredth of an H200's memory bandwidth.
     """
     step = tile.block_m // 2
     return step * cdiv(min(rows, max(2 * outputs, step)), step)

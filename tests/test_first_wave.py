@@ -14,7 +14,7 @@ from numerics import assert_as_accurate_as
 
 from fused_lora import fused, reference
 from fused_lora.kernels import config, decode_launch, first_wave
-from fused_lora.kernels.first_wave import HOPPER, INTERPRETER, MOST_RANKS, RANK_STEP, fits
+from fused_lora.kernels.first_wave import HOPPER, MOST_RANKS, RANK_STEP, fits
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="was measured on Hopper alone"
 )
 
-# (rows, in_features, out_features, ranks of a slice): as many programs idle as the panel takes, and more; several
-# waves; edges of y's columns and of K; the most ranks.
+# (rows, in_features, out_features, ranks of a slice): two and more waves, with one, two and more programs for the
+# panel; edges of y's columns and of K; the most ranks.
 SHAPES = [(64, 48, 224, 5), (128, 40, 128, 16), (128, 16, 240, 1), (160, 24, 168, 32), (96, 32, 192, 64)]
 DTYPES = {"bfloat16": (torch.bfloat16,) * 2, "mixed": (torch.bfloat16, torch.float32), "float16": (torch.float16,) * 2}
 PATTERNS = [(True,), (True, False, True), (False, True)]
@@ -106,7 +106,7 @@ def test_does_not_take_what_it_cannot_read_or_has_no_use_for(device: str) -> Non
 def test_fits_where_the_last_wave_has_room_for_the_panel() -> None:
     # 8192 tokens on an H200: as many idle multiprocessors in the last of 8 waves as the panel needs, 32, and more.
     assert fits(HOPPER, 8192, 4096, 132) and fits(HOPPER, 8192, 14336, 132) and fits(HOPPER, 4096, 4096, 132)
-    # One multiprocessor too few.
+    # One multiprocessor too few; only eight.
     assert not fits(HOPPER, 8192, 4096, 131)
     assert not fits(HOPPER, 8192, 1024, 132)
     # All tiles at once; a last wave that is full; rows that fill no tile.
@@ -152,6 +152,6 @@ def test_is_what_a_forward_without_a_mask_takes(monkeypatch: pytest.MonkeyPatch)
         assert len(calls) == taken and (bits is None) == (given is None)
         exact = {name: tensor.double() for name, tensor in t.items()}
         truth = reference.forward(**exact, scaling=0.5, dropout=given)
+        # Both are rounded once to bfloat16, y after a panel that was.
         assert (y - truth[0]).abs().max() <= 2**-7 * truth[0].abs().max()
         assert (xa - truth[1]).abs().max() <= 2**-7 * truth[1].abs().max()
-    assert INTERPRETER.block_m == config.INTERPRETER.linear.block_m
