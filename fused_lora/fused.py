@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, dx_and_da, first_tiles, first_wave, fused_linear, low_rank_update, panel
+from .kernels import adapter_grad, first_tiles, first_wave, fused_linear, low_rank_update, panel
+from .kernels.config import overlaps
 from .reference import Dropout
 
 _HERE: AbstractContextManager[object] = nullcontext()
@@ -85,16 +86,17 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     with on(dy):
-        dyb, db = adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
-        if dyb is None:
-            return None, None, db
-        if weight is None or lora_A is None:
-            dx = None
-        elif x is not None and bits is None and dx_and_da.takes(dy, weight, x, len(lora_A)):
-            return *dx_and_da.gradients(dy, weight, dyb, lora_A, x, dtype), db
+        at_once = lora_B is None or adapter_grad.shares_read(lora_B.shape[1])
+        dyb, db = adapter_grad.grad_panels(dy, lora_B, xa if at_once else None, scaling, dtype, enable_lora)
+        later_xa = None if at_once else xa
+        if dyb is None or weight is None or lora_A is None:
+            dx, beside = None, False
         else:
-            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
-        return dx, None if x is None else adapter_grad.grad_lora_A(dyb, x, bits, dtype), db
+            # An empty dx is not launched.
+            beside = not (x is None and later_xa is None) and dy.numel() * weight.numel() > 0 and overlaps(dy.device)
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, followed=beside)
+        da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
+        return dx, da, db if at_once else later_db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

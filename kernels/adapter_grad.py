@@ -4,6 +4,9 @@ db  left dy [M, N], panel xa,  and dyb = scaling * dy @ b [M, R] from the same r
 da  left x [M, K],  panel dyb, with the mask's bits; stored transposed, [R, K]
 
 A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.py adds them up in a fixed order.
+
+dx depends on neither, and its GEMM leaves room on most multiprocessors and, in its last wave, some of them idle. On
+Hopper and later these kernels may therefore begin while it runs: see fused_linear.py's `grad_input`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, kept_by_bits
@@ -36,27 +40,6 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
 
 
-@triton.jit
-def load_rows(
-    left_ptr, stride_lm, stride_li,  # [M, I]
-    panel_ptr, stride_pm, stride_pr,  # [M, R]
-    start, inner, ranks,
-    M, I, R,
-    BLOCK_M: tl.constexpr, EVEN_I: tl.constexpr,
-):  # fmt: skip
-    """left at the columns `inner` and the panel at `ranks`, BLOCK_M rows of each from row `start` on; zero past M."""
-    rows = start + tl.arange(0, BLOCK_M)
-    # In 32 bits: every row of every load is compared.
-    in_rows = tl.arange(0, BLOCK_M)[:, None] < tl.minimum(M - start, BLOCK_M).to(tl.int32)
-    left_ptrs = left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li
-    if EVEN_I:
-        left = tl.load(left_ptrs, mask=in_rows, other=0.0)
-    else:
-        left = tl.load(left_ptrs, mask=in_rows & (inner[None, :] < I), other=0.0)
-    panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-    return left, tl.load(panel_ptrs, mask=in_rows & (ranks[None, :] < R), other=0.0)
-
-
 # stride_ds is a multiple of M, and M must not make new kernels.
 @triton.jit(
     launch_metadata=_work,
@@ -73,8 +56,10 @@ def _adapter_grad_kernel(
     ROWS,  # rows per split, a multiple of BLOCK_M
     SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_I: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_I: tl.constexpr, PRECISION: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    if BESIDE:
+        gdc_launch_dependents()
     tiles = tl.cdiv(I, BLOCK_I)
     tile, split = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
     if SLICES > 1:
@@ -97,16 +82,20 @@ def _adapter_grad_kernel(
     for start in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
         local = tl.arange(0, BLOCK_M)
         rows = start + local
+        # In 32 bits: every row of every load is compared.
         remaining = tl.minimum(M - start, BLOCK_M).to(tl.int32)
-        left, panel = load_rows(
-            left_ptr, stride_lm, stride_li,
-            panel_ptr, stride_pm, stride_pr,
-            start, inner, ranks, M, I, R, BLOCK_M, EVEN_I,
-        )  # fmt: skip
+        in_rows = local[:, None] < remaining
+        left_ptrs = left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li
+        if EVEN_I:
+            left = tl.load(left_ptrs, mask=in_rows, other=0.0)
+        else:
+            left = tl.load(left_ptrs, mask=in_rows & (inner[None, :] < I), other=0.0)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        panel = tl.load(panel_ptrs, mask=in_rows & in_ranks, other=0.0)
         if factor_ptr is not None:
             product = tl.dot(left, factor, input_precision=PRECISION)
             product_ptrs = product_ptr + tile.to(tl.int64) * stride_ds + rows[:, None] * stride_dm
-            tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=(local < remaining)[:, None] & in_ranks)
+            tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
         if bits_ptr is not None:
             ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_inner, BLOCK_I)
             bits = tl.load(ptrs, mask=in_bits(local, first_inner, remaining, I, BLOCK_I), other=0)
@@ -114,6 +103,11 @@ def _adapter_grad_kernel(
         acc = accumulate(left.T, panel, acc, PRECISION)
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
     tl.store(grad_ptrs, acc.to(grad_ptr.dtype.element_ty), mask=(inner[:, None] < I) & in_ranks)
+    if BESIDE:
+        # Whoever comes after this launch relies on the one before as well. One program that waits for it is enough.
+        last = tl.num_programs(0) + tl.num_programs(1) + tl.num_programs(2) - 3
+        if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == last:
+            gdc_wait()
 
 
 def _launch(
@@ -126,10 +120,11 @@ def _launch(
     enable_lora: Sequence[bool] = (True,),
     *,
     transposed: bool,
+    beside: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
 
-    In float32; a single gradient, which is whole, in `dtype`.
+    In float32; a single gradient, which is whole, in `dtype`. beside: begins while the launch before still runs.
 
     With slices, the enabled ones' gradients and products stand one after another in I and in R respectively.
     """
@@ -154,7 +149,7 @@ def _launch(
             **strides("ds dm dr", product),
             M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-            EVEN_I=I % tile.block_i == 0, PRECISION=precision,
+            EVEN_I=I % tile.block_i == 0, PRECISION=precision, BESIDE=beside, launch_pdl=beside,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             **strides("bm", bits),
         )  # fmt: skip
@@ -166,8 +161,14 @@ def _launch(
         "bits_ptr": bits,
     }
     made = {"grad_ptr": grad, "product_ptr": product}
-    launch(_adapter_grad_kernel, tensors, (tile, precision, transposed, grad.dtype, *enable_lora), arguments, made)
+    facts = (tile, precision, transposed, beside, grad.dtype, *enable_lora)
+    launch(_adapter_grad_kernel, tensors, facts, arguments, made)
     return grad, product
+
+
+def shares_read(R: int) -> bool:
+    """Whether db and dyb come from one read of dy."""
+    return R <= FUSED_RANK
 
 
 def grad_panels(
@@ -182,27 +183,58 @@ def grad_panels(
 
     With slices: dyb and xa hold R columns for each enabled slice, lora_B and db its rows.
     """
-    enabled, I = sum(enable_lora), dy.shape[1] // len(enable_lora)
-    if xa is None:
-        return None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0], None
-    R = xa.shape[1] // enabled
-    if dy.numel() == 0:
-        dyb = None if lora_B is None else torch.zeros_like(xa, dtype=dy.dtype)
-        return dyb, xa.new_zeros((enabled * I, R), dtype=dtype)
-    factor = lora_B if R <= FUSED_RANK else None
-    tile = tiles_for(dy.device, dy.dtype, I).adapter_grad[rank_block(R)]
-    partial_db, partial_dyb = _launch(dy, xa, factor, None, tile, torch.float32, enable_lora, transposed=False)
-    if partial_dyb is not None:
-        return reduce(partial_dyb, dy.dtype, scaling, (partial_db, dtype))
+    if lora_B is not None and xa is not None and dy.numel() > 0 and shares_read(lora_B.shape[1]):
+        tile = tiles_for(dy.device, dy.dtype, dy.shape[1] // len(enable_lora)).adapter_grad[rank_block(lora_B.shape[1])]
+        db, dyb = _launch(dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False)
+        assert dyb is not None
+        return reduce(dyb, dy.dtype, scaling, (db, dtype))
     dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
-    return dyb, reduce(partial_db, dtype)[0]
+    return dyb, adapter_grads(dy, xa, None, None, None, dtype, enable_lora)[1]
+
+
+def adapter_grads(
+    dy: Tensor,
+    xa: Tensor | None,
+    dyb: Tensor | None,
+    x: Tensor | None,
+    bits: Tensor | None,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool] = (True,),
+    *,
+    beside: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """da [R, K] where x and dyb are given, db [N, R] where xa is, both in `dtype`.
+
+    beside: the launch before is `grad_input`'s, told that it is followed; they begin while it runs.
+    """
+    partial_db = partial_da = None
+    if xa is not None:
+        I, R = dy.shape[1] // len(enable_lora), xa.shape[1] // sum(enable_lora)
+        if dy.numel() == 0:
+            partial_db = xa.new_zeros((1, sum(enable_lora) * I, R), dtype=dtype)
+        else:
+            tile = tiles_for(dy.device, dy.dtype, I).adapter_grad[rank_block(R)]
+            partial_db, _ = _launch(dy, xa, None, None, tile, dtype, enable_lora, transposed=False, beside=beside)
+    if x is not None and dyb is not None:
+        if x.numel() == 0:
+            partial_da = x.new_zeros((1, dyb.shape[1], x.shape[1]), dtype=dtype)
+        else:
+            tiles = tiles_for(x.device, x.dtype, x.shape[1])
+            tile = (tiles.adapter_grad if bits is None else tiles.grad_lora_A)[rank_block(dyb.shape[1])]
+            partial_da, _ = _launch(x, dyb, None, bits, tile, dtype, transposed=True, beside=beside)
+    if partial_da is not None and partial_db is not None and len(partial_da) > 1 and len(partial_db) > 1:
+        return reduce(partial_da, dtype, 1.0, (partial_db, dtype))
+    return _whole(partial_da, dtype), _whole(partial_db, dtype)
+
+
+def _whole(partials: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if partials is None or len(partials) == 1:
+        return None if partials is None else partials[0]
+    return reduce(partials, dtype)[0]
 
 
 def grad_lora_A(dyb: Tensor, x: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`, of dyb [M, R] and x [M, K]."""
-    if x.numel() == 0:
-        return x.new_zeros((dyb.shape[1], x.shape[1]), dtype=dtype)
-    tiles = tiles_for(x.device, x.dtype, x.shape[1])
-    tile = (tiles.adapter_grad if bits is None else tiles.grad_lora_A)[rank_block(dyb.shape[1])]
-    grad, _ = _launch(x, dyb, None, bits, tile, dtype, transposed=True)
-    return reduce(grad, dtype)[0] if len(grad) > 1 else grad[0]
+    da, _ = adapter_grads(x, None, dyb, x, bits, dtype)
+    assert da is not None
+    return da

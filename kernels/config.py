@@ -8,7 +8,7 @@ addresses cost registers. `INTERPRETER` has tiles so small that tests on a CPU c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeVar
@@ -20,7 +20,10 @@ _Tile = TypeVar("_Tile")
 
 @dataclass(frozen=True)
 class LinearTile:
-    """fused_linear.py: a tile of the output, the step of the contraction, and whether the copy engine loads them."""
+    """fused_linear.py: a tile of the output, the step of the contraction, and whether the copy engine loads them.
+
+    rank_pieces: of the low-rank product, for which a program that computes one tile after another has registers.
+    """
 
     block_m: int
     block_j: int
@@ -28,6 +31,7 @@ class LinearTile:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    rank_pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ AMPERE = Tiles(
 )
 
 HOPPER = Tiles(
-    linear=LinearTile(block_m=128, block_j=256, block_i=64, num_warps=8, num_stages=3, descriptors=True),
+    linear=LinearTile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True, rank_pieces=2),
     panel=_by_rank(
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=5),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
@@ -137,7 +141,8 @@ HOPPER = Tiles(
     ),
 )
 
-BLACKWELL = HOPPER
+# With more pieces its compiler finds no matrix instructions (triton 3.6).
+BLACKWELL = replace(HOPPER, linear=replace(HOPPER.linear, rank_pieces=1))
 
 IRREGULAR = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=32, num_warps=4, num_stages=2),
@@ -154,7 +159,7 @@ FLOAT32 = Tiles(
 )
 
 INTERPRETER = Tiles(
-    linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=1, descriptors=True),
+    linear=LinearTile(32, 64, 16, num_warps=4, num_stages=1, descriptors=True, rank_pieces=2),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
     grad_lora_A=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
@@ -177,6 +182,11 @@ def capability(device: torch.device) -> int:
     """Of a GPU, for instance 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before runs, on GPUs that this was compiled for."""
+    return device.type == "cuda" and capability(device) in (90, 100)
 
 
 def rank_block(r: int) -> int:

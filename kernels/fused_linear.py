@@ -19,6 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ._accumulate import accumulate
 from ._dropout import load_words, unpacked_in_pairs, word_of
@@ -29,7 +30,7 @@ from .launch import Plan, cdiv, input_precision, launch, plan_of, stated_work, s
 from .lookup import tiles_for
 
 GROUP_M = 8
-# More would not fit in registers beside the tile.
+# Ranks that are added at once; beside large tiles, of 16-bit factors alone there is room for twice as many.
 RANK_STEP = 32
 
 
@@ -79,7 +80,7 @@ def _finish(
 
 
 @triton.jit
-def compute_tile(
+def _compute_tile(
     tile,
     left_ptr, stride_lm, stride_li,  # [M, I], a descriptor if DESCRIPTORS
     right_ptr, stride_ri, stride_rj,  # [I, J], a descriptor of it or of its transpose if DESCRIPTORS
@@ -179,12 +180,14 @@ def _fused_linear_kernel(
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
+    if FOLLOWED:
+        gdc_launch_dependents()
     first_tile += tl.program_id(0)
     if PERSISTENT:
         for tile in range(first_tile, tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J), tl.num_programs(0)):
-            compute_tile(
+            _compute_tile(
                 tile,
                 left_ptr, stride_lm, stride_li,
                 right_ptr, stride_ri, stride_rj,
@@ -198,7 +201,7 @@ def _fused_linear_kernel(
                 DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
             )  # fmt: skip
     else:
-        compute_tile(
+        _compute_tile(
             first_tile,
             left_ptr, stride_lm, stride_li,
             right_ptr, stride_ri, stride_rj,
@@ -235,6 +238,7 @@ def _found_by(
     tile: LinearTile,
     first_tile: int,
     column_first: bool,
+    followed: bool = False,
 ) -> tuple[dict[str, Tensor | None], tuple[Hashable, ...]]:
     """The tensors and facts by which `launch` finds a plan."""
     tensors = {
@@ -245,7 +249,7 @@ def _found_by(
         "bias_ptr": bias,
         "bits_ptr": bits,
     }
-    return tensors, (tile, first_tile, column_first, input_precision(left.dtype), *enable_lora)
+    return tensors, (tile, first_tile, column_first, followed, input_precision(left.dtype), *enable_lora)
 
 
 def _fused_linear(
@@ -260,22 +264,23 @@ def _fused_linear(
     tile: LinearTile | None = None,
     first_tile: int = 0,
     column_first: bool = False,
+    followed: bool = False,
 ) -> Tensor:
     """out [M, J], computed from its first_tile on, in the order of `place`."""
     (M, I), J, R = left.shape, right.shape[1], len(factor)
     if out.numel() == 0:
         return out
-    block_r = min(rank_block(R), RANK_STEP)
     tile = tile or tiles_for(left.device, left.dtype, I, J).linear
     width = J // len(enable_lora)
     touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and describable(left) and describable(rows_of_right)
-    rank_steps = cdiv(R, block_r)
     stored = descriptors and describable(out)
-    # More steps beside the main loop leave no registers for a loop around it, and on sm_100 no matrix instructions.
-    persistent = stored and touched * rank_steps == 1
+    wide = stored and tile.rank_pieces > 1 and R > 2 * RANK_STEP and factor.element_size() == 2
+    block_r = min(rank_block(R), 2 * RANK_STEP if wide else RANK_STEP)
+    rank_steps = cdiv(R, block_r)
+    persistent = stored and touched * rank_steps <= tile.rank_pieces
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
     if persistent:
         programs = min(programs, processors(left.device))
@@ -285,7 +290,7 @@ def _fused_linear(
         described = {"left_ptr": (left, [tile.block_m, tile.block_i]), "right_ptr": (rows_of_right, block)}
     if stored:
         described["out_ptr"] = out, [tile.block_m, tile.block_j // 4]
-    given = _found_by(left, right, panel, factor, bias, bits, enable_lora, tile, first_tile, column_first)
+    given = _found_by(left, right, panel, factor, bias, bits, enable_lora, tile, first_tile, column_first, followed)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         return (programs,), dict(
@@ -298,7 +303,7 @@ def _fused_linear(
             M=M, J=J, I=I, R=R, first_tile=first_tile, WIDTH=width, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
             SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M, COLUMN_FIRST=column_first,
-            DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent,
+            DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent, FOLLOWED=followed,
             EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=input_precision(left.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             **strides("bm", bits), WORD=word_of(bits, tile.block_j),
@@ -348,6 +353,12 @@ def later_tiles_plan(
     return plan_of(_fused_linear_kernel, *given)
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, bits: Tensor | None) -> Tensor:
-    """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K]."""
-    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dy.new_empty((len(dy), weight.shape[1])))
+def grad_input(
+    dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, bits: Tensor | None, *, followed: bool = False
+) -> Tensor:
+    """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K].
+
+    followed: the next launch may begin while this one runs, and must not read dx, nor end before it.
+    """
+    dx = dy.new_empty((len(dy), weight.shape[1]))
+    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dx, followed=followed)

@@ -27,7 +27,6 @@ from fused_lora.kernels import (
     adapter_grad,
     config,
     decode_tiles,
-    dx_and_da,
     first_tiles,
     first_wave,
     fused_linear,
@@ -76,6 +75,9 @@ class Case:
 
 WIDTHS = (1024, 4096, 14336)
 CASES = [
+    Case("bfloat16", "bfloat16", 64, dropout=True, shape=(8192, 4096, 4096)),
+    Case("bfloat16", "float32", 128, dropout=True),
+    Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 1600, 4800), enable_lora=(True, False, True)),
     Case("bfloat16", "bfloat16", 16),
     Case("bfloat16", "float32", 16, dropout=True),
     Case("float16", "float16", 33, dropout=True, shape=(8192, 4096, 1008)),
@@ -111,13 +113,6 @@ FIRST_WAVE = [
     ),
     Case("float16", "float16", 5, shape=(8192, 4096, 4000)),
     Case("bfloat16", "bfloat16", 16, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
-]
-
-# dx and da in one launch.
-BOTH_GRADIENTS = [
-    Case("bfloat16", "float32", 8, fan_in_fan_out=True),
-    Case("float16", "float16", 32, shape=(8192, 1008, 4096)),
-    Case("bfloat16", "bfloat16", 17, shape=(8192, 4096, 1008)),
 ]
 
 # A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
@@ -226,9 +221,9 @@ def compile_case(case: Case) -> None:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
     first_wave.processors = lambda device: 132
-    for module in (dx_and_da, first_wave, fused_linear, panel, adapter_grad, low_rank_update):
+    for module in (first_wave, fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
-    dx_and_da.processors = lambda device: 132
+    fused.overlaps = lambda device: capability in (90, 100)
     first_tiles.first_tile = partial(first_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
     # Nothing is to be launched again.
@@ -267,11 +262,6 @@ def main(capability: int) -> None:
         if first_tiles.first_tile(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
             x, weight, bias, lora_A, lora_B = tensors_of(case)
             fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
-    for case in BOTH_GRADIENTS if capability >= 90 else []:
-        current[0] = case
-        x, weight, _, lora_A, _ = tensors_of(case)
-        dyb = x.new_empty(len(x), case.r)
-        dx_and_da.gradients(x.new_empty(len(x), len(weight)), weight, dyb, lora_A, x, lora_A.dtype)
     if capability == 90:
         first_wave.first_wave = lambda *sizes: first_wave.HOPPER
         for case in FIRST_WAVE:

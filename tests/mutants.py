@@ -46,7 +46,6 @@ DECODE_TILES = "kernels/decode_tiles.py"
 DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
 FIRST_TILES = "kernels/first_tiles.py"
-DX_AND_DA = "kernels/dx_and_da.py"
 FIRST_WAVE = "kernels/first_wave.py"
 FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
@@ -81,8 +80,6 @@ MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not t
 ANEW = ("tests/test_merged_inference.py",)
 ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
-BOTH_GRADIENTS = ("tests/test_dx_and_da.py",)
-BOTH_ADDRESSES = ("tests/test_dx_and_da.py", "-k", "test_touches")
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_first_tiles.py",)
 CHOICE = ("tests/test_dispatch.py",)
@@ -117,19 +114,6 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("da in one place", DX_AND_DA, "grad_ptr + split * stride_gs", "grad_ptr", BOTH_GRADIENTS),
-    Mutant("da of later rows too", DX_AND_DA, "tl.minimum((split + 1) * ROWS, M)", "M", BOTH_GRADIENTS),
-    Mutant("da past the last column", DX_AND_DA, "mask=(columns < K)[:, None] & ", "mask=", BOTH_ADDRESSES),
-    Mutant("tasks of da left out", DX_AND_DA, "programs - tiles % programs) % programs", "1)", BOTH_GRADIENTS),
-    Mutant(
-        "pieces of da not summed", DX_AND_DA, "if splits > 1 else grad[0]", "if splits > 2 else grad[0]", BOTH_GRADIENTS
-    ),
-    Mutant("dx and da of an x in any dtype", DX_AND_DA, "and x.dtype == dy.dtype", "and True", BOTH_GRADIENTS),
-    Mutant("dx and da of any ranks", DX_AND_DA, "0 < r <= RANK_STEP", "0 < r", BOTH_GRADIENTS),
-    Mutant("dx and da of any strides", DX_AND_DA, "and describable(dy)", "and True", BOTH_GRADIENTS),
-    Mutant("dx and da of few tiles", DX_AND_DA, "> processors(dy.device)", ">= processors(dy.device)", BOTH_GRADIENTS),
-    Mutant("da as long as there are rows", DX_AND_DA, "min(rows, max(2 * outputs, step))", "rows", BOTH_GRADIENTS),
-    Mutant("dx and da without their mask", FUSED, "x is not None and bits is None", "x is not None", BOTH_GRADIENTS),
     Mutant("first wave without room", FIRST_WAVE, "<= -tiles % processors", "<= processors", FIRST_OF_WAVES),
     Mutant("first wave of any rows", FIRST_WAVE, "rows % tile.block_m == 0 and ", "", FIRST_OF_WAVES),
     Mutant("first wave of any ranks", FIRST_WAVE, "ranks % RANK_STEP != 0", "False", FIRST_OF_WAVES),

@@ -1,0 +1,145 @@
+"""What begins while dx's GEMM runs: which launches, in which order, and that they change no bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+from fused_lora import fused
+from fused_lora.kernels import adapter_grad, config, fused_linear, panel, reduce
+from fused_lora.kernels import launch as module
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def problem(rows: int, N: int, K: int, r: int, device: str, masked: bool = False) -> dict[str, Any]:
+    """All that backward takes, in bfloat16."""
+    sizes = {"dy": (rows, N), "x": (rows, K), "weight": (N, K), "lora_A": (r, K), "lora_B": (N, r), "xa": (rows, r)}
+    tensors = {name: torch.randn(*size, device=device).bfloat16() for name, size in sizes.items()}
+    bits = torch.randint(0, 256, (rows, -(-K // 8)), dtype=torch.uint8, device=device) if masked else None
+    return tensors | {"bits": bits, "scaling": 0.5, "dtype": torch.float32, "enable_lora": (True,)}
+
+
+def backward(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], overlaps: bool) -> Gradients:
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "overlaps", lambda device: overlaps)
+        return fused.backward(**given)
+
+
+def assert_equal(some: Gradients, others: Gradients) -> None:
+    for name, one, other in zip(("dx", "da", "db"), some, others, strict=True):
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), name
+
+
+class Launches:
+    """Stands in for `launch`: notes each kernel and how it overlaps, and launches it as if it did not."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, kernel, tensors, facts, arguments, made=None, descriptors=None) -> None:
+        grid, others = arguments()
+        marks = {name: others.get(name, False) for name in ("FOLLOWED", "BESIDE", "launch_pdl")}
+        assert marks["BESIDE"] == marks["launch_pdl"], f"{kernel} waits for another launch without being told of one"
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        self.seen.append(name + " followed" * marks["FOLLOWED"] + " beside" * marks["BESIDE"])
+        plain = {name: False for name in marks if name in others}
+        module.launch(kernel, tensors, facts, lambda: (grid, others | plain), made or {}, descriptors or {})
+
+
+# Of more ranks than that, db is a read of dy by itself.
+FEW, MANY = adapter_grad.FUSED_RANK, adapter_grad.FUSED_RANK + 1
+BOTH = ["fused_linear followed", "adapter_grad beside", "adapter_grad beside", "reduce"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
+@pytest.mark.parametrize(
+    ("r", "left_out", "expected"),
+    [
+        (FEW, "", ["adapter_grad", "reduce", "fused_linear followed", "adapter_grad beside", "reduce"]),
+        (MANY, "", ["panel", *BOTH]),
+        (FEW, "x", ["adapter_grad", "reduce", "fused_linear"]),
+        (MANY, "x", ["panel", "fused_linear followed", "adapter_grad beside", "reduce"]),
+        (FEW, "xa", ["panel", "fused_linear followed", "adapter_grad beside", "reduce"]),
+        (MANY, "x xa", ["panel", "fused_linear"]),
+        (FEW, "weight lora_A", ["adapter_grad", "reduce", "adapter_grad", "reduce"]),
+        (MANY, "weight lora_A", ["panel", "adapter_grad", "adapter_grad", "reduce"]),
+        (MANY, "weight lora_A lora_B x", ["adapter_grad", "reduce"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_what_begins_beside_dx(
+    monkeypatch: pytest.MonkeyPatch, r: int, left_out: str, expected: list[str], masked: bool
+) -> None:
+    given = problem(50, 40, 72, r, "cpu", masked) | dict.fromkeys(left_out.split())
+    alone = backward(monkeypatch, given, False)
+    launches = Launches()
+    for launcher in (adapter_grad, fused_linear, panel, reduce):
+        monkeypatch.setattr(launcher, "launch", launches)
+    assert_equal(backward(monkeypatch, given, True), alone)
+    assert launches.seen == expected
+    launches.seen.clear()
+    backward(monkeypatch, given, False)
+    assert launches.seen == [name.split()[0] for name in expected]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
+@pytest.mark.parametrize("sizes", [(0, 40, 72), (50, 0, 72), (50, 40, 0)], ids=str)
+@pytest.mark.parametrize("r", [FEW, MANY])
+def test_nothing_begins_beside_what_is_not_launched(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int
+) -> None:
+    given = problem(*sizes, r, "cpu")
+    launches = Launches()
+    for launcher in (adapter_grad, fused_linear, panel, reduce):
+        monkeypatch.setattr(launcher, "launch", launches)
+    backward(monkeypatch, given, True)
+    assert not [name for name in launches.seen if " " in name]
+
+
+def test_where_kernels_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, overlaps in ((80, False), (89, False), (90, True), (94, False), (100, True), (120, False)):
+        monkeypatch.setattr(config, "capability", lambda device, capability=capability: capability)
+        assert config.overlaps(torch.device("cuda", 0)) == overlaps
+        assert not config.overlaps(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("r", [16, 64, 128])
+# The first: dx takes a hundred times as long as what begins beside it, and no sum comes after that.
+@pytest.mark.parametrize("sizes", [(128, 65536, 4096), (8192, 1024, 4096), (4096, 4096, 14336)], ids=str)
+def test_the_same_bits_as_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int, masked: bool
+) -> None:
+    if not config.overlaps(torch.device("cuda")):
+        pytest.skip("kernels do not overlap on this GPU")
+    given = problem(*sizes, r, "cuda", masked)
+    alone = backward(monkeypatch, given, False)
+
+    def step() -> Gradients:
+        gradients = backward(monkeypatch, given, True)
+        # Reads what has just been launched, at once.
+        return tuple(gradient.clone() for gradient in gradients if gradient is not None)  # type: ignore[return-value]
+
+    for _ in range(5):
+        # The next dx is computed where this one was, if nobody waits for it.
+        poison = torch.full_like(given["x"], float("nan"))
+        del poison
+        assert_equal(step(), alone)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for gradient in captured:
+            gradient.fill_(float("nan"))
+        graph.replay()
+        assert_equal(captured, alone)
