@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -38,21 +39,32 @@ def assert_equal(some: Gradients, others: Gradients) -> None:
 
 
 class Launches:
-    """Stands in for `launch`: notes each kernel and how it overlaps, and launches it as if it did not."""
+    """Stands in for `launch`: notes each kernel, and what of it the GPU is told about overlapping."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
+        self.told: list[str] = []
+        for launcher in (adapter_grad, fused_linear, panel, reduce):
+            monkeypatch.setattr(launcher, "launch", self)
+        # Triton's interpreter knows neither instruction.
+        for launcher, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (fused_linear, BEGIN)):
+            monkeypatch.setattr(launcher, name, lambda name=name: self.told.append(name))
 
     def __call__(self, kernel, tensors, facts, arguments, made=None, descriptors=None) -> None:
         grid, others = arguments()
-        marks = {name: others.get(name, False) for name in ("FOLLOWED", "BESIDE", "launch_pdl")}
-        assert marks["BESIDE"] == marks["launch_pdl"], f"{kernel} waits for another launch without being told of one"
-        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        self.seen.append(name + " followed" * marks["FOLLOWED"] + " beside" * marks["BESIDE"])
-        plain = {name: False for name in marks if name in others}
-        module.launch(kernel, tensors, facts, lambda: (grid, others | plain), made or {}, descriptors or {})
+        followed, beside = others.get("FOLLOWED", False), others.get("BESIDE", False)
+        assert others.get("launch_pdl", False) == beside
+        self.seen.append(
+            kernel.fn.__name__.strip("_").removesuffix("_kernel") + " followed" * followed + " beside" * beside
+        )
+        self.told.clear()
+        module.launch(kernel, tensors, facts, arguments, made or {}, descriptors or {})
+        # Every program lets the next launch begin, one program waits for the one before.
+        assert self.told.count(BEGIN) == (math.prod(grid) if followed or beside else 0)
+        assert self.told.count("gdc_wait") == beside
 
 
+BEGIN = "gdc_launch_dependents"
 # Of more ranks than that, db is a read of dy by itself.
 FEW, MANY = adapter_grad.FUSED_RANK, adapter_grad.FUSED_RANK + 1
 BOTH = ["fused_linear followed", "adapter_grad beside", "adapter_grad beside", "reduce"]
@@ -80,9 +92,7 @@ def test_what_begins_beside_dx(
 ) -> None:
     given = problem(50, 40, 72, r, "cpu", masked) | dict.fromkeys(left_out.split())
     alone = backward(monkeypatch, given, False)
-    launches = Launches()
-    for launcher in (adapter_grad, fused_linear, panel, reduce):
-        monkeypatch.setattr(launcher, "launch", launches)
+    launches = Launches(monkeypatch)
     assert_equal(backward(monkeypatch, given, True), alone)
     assert launches.seen == expected
     launches.seen.clear()
@@ -97,9 +107,7 @@ def test_nothing_begins_beside_what_is_not_launched(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int
 ) -> None:
     given = problem(*sizes, r, "cpu")
-    launches = Launches()
-    for launcher in (adapter_grad, fused_linear, panel, reduce):
-        monkeypatch.setattr(launcher, "launch", launches)
+    launches = Launches(monkeypatch)
     backward(monkeypatch, given, True)
     assert not [name for name in launches.seen if " " in name]
 
