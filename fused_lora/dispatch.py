@@ -55,7 +55,7 @@ _FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 
 _BUSY = 0.8
 _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
 # With fewer, of a forward alone, one launch takes as little time as two that compute the panel in the first wave.
-_FEWEST_ROWS_OF_WAVES = 4096
+_FEWEST_OUTPUTS_OF_WAVES = 1 << 24
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
 _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
@@ -226,7 +226,7 @@ def choose_forward(
     sizes = rows, in_features, out_features
     if ranks <= first_tiles.MOST_RANKS and first_tiles.first_tile(device, dtype, *sizes):
         return _FEW_OUTPUTS
-    if rows >= _FEWEST_ROWS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
+    if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
     if rows <= _UNMASKED_DECODED:

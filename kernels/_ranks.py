@@ -5,41 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._accumulate import accumulate
+from ._slices import enabled_slice
 
 
 @triton.jit
-def load_panel(panel_ptr, stride_pm, stride_pr, rows, start, M, R, BLOCK_R: tl.constexpr):
-    ranks = start + tl.arange(0, BLOCK_R)
-    ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
-    return tl.load(ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
-
-
-@triton.jit
-def load_factor(
-    factor_ptr, stride_fr, stride_fj, columns, start, first_column, last_column, R,
-    BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+def operands(
+    step, first, last, rows, columns,
+    panel_ptr, stride_pm, stride_pr,  # [M, enabled * R]
+    factor_ptr, stride_fr, stride_fj,  # [R, enabled * WIDTH]
+    M, R,  # R ranks in each slice
+    WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    ranks = start + tl.arange(0, BLOCK_R)
-    ptrs = factor_ptr + ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
-    in_columns = columns < last_column
-    if first_column is not None:
-        in_columns = in_columns & (columns >= first_column)
-    return tl.load(ptrs, mask=(ranks[:, None] < R) & in_columns[None, :], other=0.0).to(DTYPE)
+    """panel [rows, BLOCK_R] and factor [BLOCK_R, columns] of a step; RANK_STEPS for each slice from first to last.
 
-
-@triton.jit
-def add_ranks(
-    acc,
-    panel_ptr, stride_pm, stride_pr,
-    factor_ptr, stride_fr, stride_fj,
-    rows, columns, start,
-    M, first_column, last_column, R,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + panel @ factor at the given rows and those of the columns from first to last, over BLOCK_R ranks."""
-    panel = load_panel(panel_ptr, stride_pm, stride_pr, rows, start, M, R, BLOCK_R)
-    factor = load_factor(
-        factor_ptr, stride_fr, stride_fj, columns, start, first_column, last_column, R, BLOCK_R, panel.dtype
-    )
-    return accumulate(panel, factor, acc, PRECISION)
+    Zeros past the ranks, and in columns of other slices.
+    """
+    e = first + step // RANK_STEPS
+    slice = enabled_slice(e, SLICES, ENABLED)
+    ranks = step % RANK_STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_ranks = ranks < tl.where(e < last, R, 0)
+    panel_ptrs = panel_ptr + e * R * stride_pr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+    panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & in_ranks[None, :], other=0.0)
+    in_slice = (columns >= slice * WIDTH) & (columns < (slice + 1) * WIDTH)
+    factor_ptrs = factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj + columns[None, :] * stride_fj
+    factor_ptrs += ranks[:, None].to(tl.int64) * stride_fr
+    factor = tl.load(factor_ptrs, mask=in_ranks[:, None] & in_slice[None, :], other=0.0)
+    return panel, factor.to(panel.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._accumulate import accumulate
 from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import INTERPRETER, LinearTile, capability, processors, rank_block
+from .config import HOPPER, INTERPRETER, LinearTile, capability, processors, rank_block
 from .fused_linear import GROUP_M, describable, later_tiles, later_tiles_plan, place
 from .launch import Described, Plan, cdiv, input_precision, launch, launch_again, plan_of, stated_work, strides
 
@@ -28,6 +28,8 @@ MOST_RANKS = 64
 AT_ONCE = LinearTile(64, 128, 64, 4, 6, descriptors=True), LinearTile(64, 256, 64, 4, 4, descriptors=True)
 FEW_ROWS, MOST_OUTPUTS = 512, 2048
 WIDE = LinearTile(128, 256, 64, 8, 4, descriptors=True)
+# Of the other tiles, whose low-rank product takes the fourth stage's shared memory.
+LATER = HOPPER.linear
 MANY_ROWS, FEW_OUTPUTS = 8192, 1024
 
 
@@ -211,7 +213,7 @@ def forward(
     given = _found_by(x, weight, bias, lora_A, lora_B, scale, enable_lora, tile)
     launch(_first_tiles_kernel, *given, arguments, {"panel_ptr": panel}, described)
     if programs < tiles:
-        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, tile, programs, True)
+        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, LATER if tile is WIDE else tile, programs, True)
     return out, panel
 
 
@@ -274,7 +276,9 @@ def forward_again(
     later = None
     if programs < tiles:
         panel = rows.new_empty((M, len(lora_A)))
-        later = later_tiles_plan(rows, weight, bias, panel, lora_B, enable_lora, tile, programs, True)
+        later = later_tiles_plan(
+            rows, weight, bias, panel, lora_B, enable_lora, LATER if tile is WIDE else tile, programs, True
+        )
         if later is None:
             return None
     return None if plan is None else ForwardAgain(plan, later, x, rows, weight, lora_A)

@@ -3,9 +3,10 @@
 forward     y  = x @ w.T + xa @ b.T + bias              left x [M, K],  right w.T [K, N], panel xa,  factor b.T [R, N]
 grad_input  dx = dy @ w  + keep * (dyb @ a)             left dy [M, N], right w [N, K],   panel dyb, factor a [R, K]
 
-I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. The low-rank product,
-masked, is what the main loop starts from: as a user of its accumulator after it, it would make ptxas serialise the
-loop's matrix instructions (triton 3.6), and in an accumulator of its own it would not fit in registers.
+I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. A low-rank product with
+a mask is what the main loop starts from, since beside it an accumulator of its own would not fit in registers. Without
+one, and with descriptors, its operands are read before the loop and multiplied after it, so that nothing waits for
+them; of several pieces the first, as there is room for no more.
 
 With descriptors and few ranks, a program computes one tile after another, so that the copy engine stores one while the
 next begins.
@@ -23,8 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ._accumulate import accumulate
 from ._dropout import load_words, unpacked_in_pairs, word_of
-from ._ranks import add_ranks
-from ._slices import enabled_among, enabled_slice, slice_arguments
+from ._ranks import operands
+from ._slices import enabled_among, slice_arguments
 from .config import LinearTile, processors, rank_block
 from .launch import Plan, cdiv, input_precision, launch, plan_of, stated_work, strides
 from .lookup import tiles_for
@@ -107,16 +108,22 @@ def _compute_tile(
     columns = first_column + tl.arange(0, BLOCK_J)
     last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
     first, last = enabled_among(tile_j * BLOCK_J, last_column, WIDTH, SLICES, ENABLED)
-    for step in tl.static_range(SLICE_STEPS * RANK_STEPS):
-        e = first + step // RANK_STEPS
-        slice = enabled_slice(e, SLICES, ENABLED)
-        acc = add_ranks(
-            acc,
-            panel_ptr + e * R * stride_pr, stride_pm, stride_pr,
-            factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj, stride_fr, stride_fj,
-            rows, columns, step % RANK_STEPS * BLOCK_R,
-            M, slice * WIDTH, (slice + 1) * WIDTH, tl.where(e < last, R, 0), BLOCK_R, PRECISION,
+    LATE: tl.constexpr = DESCRIPTORS and bits_ptr is None
+    if LATE:
+        late_panel, late_factor = operands(
+            0, first, last, rows, columns,
+            panel_ptr, stride_pm, stride_pr,
+            factor_ptr, stride_fr, stride_fj,
+            M, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
         )  # fmt: skip
+    for step in tl.static_range(LATE, SLICE_STEPS * RANK_STEPS):
+        panel, factor = operands(
+            step, first, last, rows, columns,
+            panel_ptr, stride_pm, stride_pr,
+            factor_ptr, stride_fr, stride_fj,
+            M, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
+        )  # fmt: skip
+        acc = accumulate(panel, factor, acc, PRECISION)
     if bits_ptr is not None:
         acc = tl.where(unpacked_in_pairs(words, BLOCK_M, BLOCK_J), acc, 0.0)
     if DESCRIPTORS:
@@ -148,6 +155,10 @@ def _compute_tile(
             left_ptrs += step * stride_li
             right_ptrs += step * stride_ri
 
+    if LATE:
+        # Once. Outside of a loop, ptxas would serialise the main loop's matrix instructions (triton 3.6).
+        for _ in tl.range(0, tl.minimum(M, 1), num_stages=1):
+            acc = accumulate(late_panel, late_factor, acc, PRECISION)
     HALF: tl.constexpr = BLOCK_J // 2
     QUARTER: tl.constexpr = BLOCK_J // 4
     halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
@@ -277,7 +288,7 @@ def _fused_linear(
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and describable(left) and describable(rows_of_right)
     stored = descriptors and describable(out)
-    wide = stored and tile.rank_pieces > 1 and R > 2 * RANK_STEP and factor.element_size() == 2
+    wide = stored and 2 * RANK_STEP < R <= 2 * RANK_STEP * tile.rank_pieces and factor.element_size() == 2
     block_r = min(rank_block(R), 2 * RANK_STEP if wide else RANK_STEP)
     rank_steps = cdiv(R, block_r)
     persistent = stored and touched * rank_steps <= tile.rank_pieces

@@ -53,6 +53,7 @@ REPEAT = "fused_lora/repeat.py"
 DISPATCH = "fused_lora/dispatch.py"
 INVARIANT = "fused_lora/invariant.py"
 LOOKUP = "kernels/lookup.py"
+CONFIG = "kernels/config.py"
 SEARCH = "fused_lora/tuning.py"
 
 TRITON = ("tests/test_op.py", "-k", "[triton-float32-float32")
@@ -80,6 +81,7 @@ MERGING = ("tests/test_merging.py", "tests/test_merging_shared.py", "-k", "not t
 ANEW = ("tests/test_merged_inference.py",)
 ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
+BESIDE = ("tests/test_beside.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_first_tiles.py",)
 CHOICE = ("tests/test_dispatch.py",)
@@ -114,6 +116,29 @@ class Mutant:
 
 
 MUTANTS = (
+    Mutant("dx followed unsaid", FUSED, "followed=beside", "followed=False", BESIDE),
+    Mutant("beside an empty dx", FUSED, " and dy.numel() * weight.numel() > 0", "", BESIDE),
+    Mutant("db alone not beside dx", FUSED, "not (x is None and later_xa is None)", "x is not None", BESIDE),
+    Mutant("overlapping on any new GPU", CONFIG, "in (90, 100)", ">= 90", BESIDE),
+    Mutant("beside what nobody waits for", ADAPTER, "            gdc_wait()", "            pass", BESIDE),
+    Mutant(
+        "all programs wait",
+        ADAPTER,
+        "if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == last",
+        "if last >= 0",
+        BESIDE,
+    ),
+    Mutant("a launch not told to begin early", ADAPTER, "launch_pdl=beside", "launch_pdl=False", BESIDE),
+    Mutant(
+        "one key for launches alone and beside",
+        ADAPTER,
+        "transposed, beside, grad.dtype",
+        "transposed, grad.dtype",
+        KEYS,
+    ),
+    Mutant("one key for dx alone and followed", LINEAR, "column_first, followed, input", "column_first, input", KEYS),
+    Mutant("da summed for db", ADAPTER, "1.0, (partial_db, dtype)", "1.0, (partial_da, dtype)", BESIDE),
+    Mutant("no low-rank product after the loop", LINEAR, "tl.minimum(M, 1)", "0", TRITON),
     Mutant("first wave without room", FIRST_WAVE, "<= -tiles % processors", "<= processors", FIRST_OF_WAVES),
     Mutant("first wave of any rows", FIRST_WAVE, "rows % tile.block_m == 0 and ", "", FIRST_OF_WAVES),
     Mutant("first wave of any ranks", FIRST_WAVE, "ranks % RANK_STEP != 0", "False", FIRST_OF_WAVES),
@@ -129,8 +154,8 @@ MUTANTS = (
         "tiles_m * tiles_n",
         FIRST_OF_WAVES,
     ),
-    Mutant("one launch for whole waves", DISPATCH, "rows >= _FEWEST_ROWS_OF_WAVES", "False", CHOICE),
-    Mutant("whole waves for few rows", DISPATCH, "rows >= _FEWEST_ROWS_OF_WAVES and ", "", CHOICE),
+    Mutant("one launch for whole waves", DISPATCH, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES", "False", CHOICE),
+    Mutant("whole waves for few rows", DISPATCH, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and ", "", CHOICE),
     Mutant("first tiles without the scale", FIRST_TILES, "(sums * scale)", "sums", WITH_PANEL),
     Mutant("first tiles without the panel", FIRST_TILES, "quarters[quarter] + update", "quarters[quarter]", WITH_PANEL),
     Mutant("first tiles keep another's panel", FIRST_TILES, "if tile_n == 0:", "if tile_m == 0:", WITH_PANEL),
@@ -153,8 +178,8 @@ MUTANTS = (
     Mutant(
         "dyb 2 % too large",
         ADAPTER,
-        "reduce(partial_dyb, dy.dtype, scaling,",
-        "reduce(partial_dyb, dy.dtype, scaling * 1.02,",
+        "reduce(dyb, dy.dtype, scaling,",
+        "reduce(dyb, dy.dtype, scaling * 1.02,",
         TRITON,
     ),
     Mutant("xa 2 % too large", REFERENCE, "scaling * inverse_q)", "1.02 * scaling * inverse_q)", TORCH),
@@ -199,7 +224,7 @@ MUTANTS = (
     Mutant("no mask in dx", REFERENCE, "_kept(dyb @ lora_A.to(dy.dtype), bits)", "dyb @ lora_A.to(dy.dtype)", TORCH),
     Mutant("no mask in da", REFERENCE, "_kept(x, bits).to(dtype)", "x.to(dtype)", TORCH),
     Mutant("no 1/q in xa", REFERENCE, "scaling * inverse_q)", "scaling)", TORCH),
-    Mutant("da halved", ADAPTER, "reduce(grad, dtype)[0] if", "reduce(grad, dtype, 0.5)[0] if", TRITON),
+    Mutant("da halved", ADAPTER, "return reduce(partials, dtype)[0]", "return reduce(partials, dtype, 0.5)[0]", TRITON),
     Mutant("da halved", REFERENCE, "return dyb.T.to(dtype) @", "return 0.5 * dyb.T.to(dtype) @", TORCH),
     Mutant("dB 2 % too large", REDUCE, "other_out_ptr, 1.0,", "other_out_ptr, 1.02,", TRITON),
     Mutant("db of unscaled xa", REFERENCE, "panels = xa.to(dtype)", "panels = (xa.to(dtype) / scaling)", TORCH),
@@ -311,9 +336,9 @@ MUTANTS = (
         "torch.zeros(1, dtype=torch.int64, device=device)",
         OPTIONS,
     ),
-    Mutant("rank tail read on both sides", RANKS, "panel = load_panel(", "R += BLOCK_R; panel = load_panel(", TRITON),
-    Mutant("rank tail of the panel read", RANKS, " & (ranks[None, :] < R)", "", ADDRESSES),
-    Mutant("rank tail of the factor read", RANKS, "(ranks[:, None] < R) & ", "", ADDRESSES),
+    Mutant("rank tail read on both sides", RANKS, "tl.where(e < last, R, 0)", "R + BLOCK_R", TRITON),
+    Mutant("rank tail of the panel read", RANKS, " & in_ranks[None, :]", "", ADDRESSES),
+    Mutant("rank tail of the factor read", RANKS, "in_ranks[:, None] & ", "", ADDRESSES),
     Mutant("last ranks skipped", LINEAR, "SLICE_STEPS * RANK_STEPS)", "SLICE_STEPS * RANK_STEPS - 1)", TRITON),
     Mutant(
         "rank tail of the factor read",
@@ -386,11 +411,11 @@ MUTANTS = (
         OPTIONS,
     ),
     Mutant("dropout outside training", FUNCTIONAL, "if not training:", "if False:", OPTIONS),
-    Mutant("the first slice's panel for every slice", LINEAR, "panel_ptr + e * R", "panel_ptr + 0 * e * R", MERGED),
-    Mutant("the first slice's rows of lora_B", LINEAR, "(e - slice).to", "(0 * e - slice).to", MERGED),
+    Mutant("the first slice's panel for every slice", RANKS, "panel_ptr + e * R", "panel_ptr + 0 * e * R", MERGED),
+    Mutant("the first slice's rows of lora_B", RANKS, "(e - slice).to", "(0 * e - slice).to", MERGED),
     Mutant("a tile's last slice skipped", LINEAR, "SLICE_STEPS * RANK_STEPS", "RANK_STEPS", NARROW_SLICES),
-    Mutant("slices past a tile's read", LINEAR, "tl.where(e < last, R, 0)", "R", LAUNCHES),
-    Mutant("adapters reach into the next slice", RANKS, "= columns < last_column", "= columns >= 0", MERGED),
+    Mutant("slices past a tile's read", RANKS, "tl.where(e < last, R, 0)", "R", LAUNCHES),
+    Mutant("adapters reach into the next slice", RANKS, " & (columns < (slice + 1) * WIDTH)", "", MERGED),
     Mutant("slices counted one too far", SLICES, "(slice > s)", "(slice >= s)", MERGED),
     Mutant("dyb of the wrong slice", PANEL, "enabled_slice(e, SLICES, ENABLED).to", "e.to", MERGED_RANKS),
     Mutant(

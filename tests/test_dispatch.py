@@ -160,10 +160,12 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
         (HALF, 512, 4096, 1024): "decode",
         (HALF, 1024, 4096, 4096): "decode",
         (HALF, 1024, 4096, 14336): "unfused",
-        (HALF, 2048, 4096, 14336): "decode",
         (HALF, 4096, 4096, 1024): "triton",
         # The panel comes with the first wave of several; of a few, one launch takes as little time.
         (HALF, 2048, 4096, 4096): "decode",
+        (HALF, 2048, 14336, 4096): "decode",
+        (HALF, 2048, 4096, 14336): "triton",
+        (HALF, 2048 + 64, 4096, 14336): "decode",
         (HALF, 4096, 4096, 4096): "triton",
         (HALF, 4096 + 64, 4096, 4096): "decode",
         # Where the last wave has no room for the panel, of so many outputs it has a launch of its own.
