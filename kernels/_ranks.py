@@ -27,7 +27,7 @@ def operands(
     panel_ptrs = panel_ptr + e * R * stride_pr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
     panel = tl.load(panel_ptrs, mask=(rows[:, None] < M) & in_ranks[None, :], other=0.0)
     in_slice = (columns >= slice * WIDTH) & (columns < (slice + 1) * WIDTH)
-    factor_ptrs = factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj + columns[None, :] * stride_fj
-    factor_ptrs += ranks[:, None].to(tl.int64) * stride_fr
+    factor_ptrs = factor_ptr + (e - slice).to(tl.int64) * WIDTH * stride_fj
+    factor_ptrs += ranks[:, None].to(tl.int64) * stride_fr + columns[None, :] * stride_fj
     factor = tl.load(factor_ptrs, mask=in_ranks[:, None] & in_slice[None, :], other=0.0)
     return panel, factor.to(panel.dtype)

@@ -6,7 +6,7 @@ grad_input  dx = dy @ w  + keep * (dyb @ a)             left dy [M, N], right w 
 I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. A low-rank product with
 a mask is what the main loop starts from, since beside it an accumulator of its own would not fit in registers. Without
 one, and with descriptors, its operands are read before the loop and multiplied after it, so that nothing waits for
-them; of several pieces the first, as there is room for no more.
+them; of two pieces the first alone, and none of more, as there is room for no more.
 
 With descriptors and few ranks, a program computes one tile after another, so that the copy engine stores one while the
 next begins.
@@ -95,7 +95,7 @@ def _compute_tile(
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_j = place(tile, M, J, BLOCK_M, BLOCK_J, GROUP_M, COLUMN_FIRST)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -108,7 +108,6 @@ def _compute_tile(
     columns = first_column + tl.arange(0, BLOCK_J)
     last_column = tl.minimum((tile_j + 1) * BLOCK_J, J) - 1
     first, last = enabled_among(tile_j * BLOCK_J, last_column, WIDTH, SLICES, ENABLED)
-    LATE: tl.constexpr = DESCRIPTORS and bits_ptr is None
     if LATE:
         late_panel, late_factor = operands(
             0, first, last, rows, columns,
@@ -191,7 +190,7 @@ def _fused_linear_kernel(
     SLICE_STEPS: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, TRANSPOSED: tl.constexpr,
     EVEN_I: tl.constexpr, EVEN_J: tl.constexpr, PRECISION: tl.constexpr,
-    PERSISTENT: tl.constexpr, FOLLOWED: tl.constexpr,
+    LATE: tl.constexpr, PERSISTENT: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
     if FOLLOWED:
         gdc_launch_dependents()
@@ -209,7 +208,7 @@ def _fused_linear_kernel(
                 bits_ptr, stride_bm, WORD,
                 M, J, I, R, WIDTH, SLICES, ENABLED,
                 BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M, COLUMN_FIRST,
-                DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
+                DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION, LATE,
             )  # fmt: skip
     else:
         _compute_tile(
@@ -223,7 +222,7 @@ def _fused_linear_kernel(
             bits_ptr, stride_bm, WORD,
             M, J, I, R, WIDTH, SLICES, ENABLED,
             BLOCK_M, BLOCK_J, BLOCK_I, BLOCK_R, SLICE_STEPS, RANK_STEPS, GROUP_M, COLUMN_FIRST,
-            DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION,
+            DESCRIPTORS, STORED, TRANSPOSED, EVEN_I, EVEN_J, PRECISION, LATE,
         )  # fmt: skip
 
 
@@ -288,10 +287,13 @@ def _fused_linear(
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and describable(left) and describable(rows_of_right)
     stored = descriptors and describable(out)
-    wide = stored and 2 * RANK_STEP < R <= 2 * RANK_STEP * tile.rank_pieces and factor.element_size() == 2
+    wide = stored and touched == 1 and 2 * RANK_STEP < R <= 2 * RANK_STEP * tile.rank_pieces
+    wide = wide and factor.element_size() == 2
     block_r = min(rank_block(R), 2 * RANK_STEP if wide else RANK_STEP)
     rank_steps = cdiv(R, block_r)
-    persistent = stored and touched * rank_steps <= tile.rank_pieces
+    pieces = touched * rank_steps
+    persistent = stored and pieces <= tile.rank_pieces
+    late = descriptors and bits is None and pieces <= 2 and not wide
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
     if persistent:
         programs = min(programs, processors(left.device))
@@ -314,7 +316,8 @@ def _fused_linear(
             M=M, J=J, I=I, R=R, first_tile=first_tile, WIDTH=width, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, BLOCK_R=block_r,
             SLICE_STEPS=touched, RANK_STEPS=rank_steps, GROUP_M=GROUP_M, COLUMN_FIRST=column_first,
-            DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed, PERSISTENT=persistent, FOLLOWED=followed,
+            DESCRIPTORS=descriptors, STORED=stored, TRANSPOSED=transposed,
+            LATE=late, PERSISTENT=persistent, FOLLOWED=followed,
             EVEN_I=I % tile.block_i == 0, EVEN_J=J % tile.block_j == 0, PRECISION=input_precision(left.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             **strides("bm", bits), WORD=word_of(bits, tile.block_j),

@@ -75,8 +75,12 @@ class Case:
 
 WIDTHS = (1024, 4096, 14336)
 CASES = [
-    Case("bfloat16", "bfloat16", 64, dropout=True, shape=(8192, 4096, 4096)),
+    Case("bfloat16", "bfloat16", 64),
+    Case("bfloat16", "bfloat16", 64, dropout=True),
+    Case("bfloat16", "bfloat16", 128),
+    Case("bfloat16", "bfloat16", 128, dropout=True, fan_in_fan_out=True),
     Case("bfloat16", "float32", 128, dropout=True),
+    Case("bfloat16", "bfloat16", 32, shape=(8192, 1600, 4800), enable_lora=(True, True, True)),
     Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 1600, 4800), enable_lora=(True, False, True)),
     Case("bfloat16", "bfloat16", 16),
     Case("bfloat16", "float32", 16, dropout=True),
