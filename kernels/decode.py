@@ -24,8 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, draw_tile, in_bits, kept, unpacked
+from ._place import place
 from ._slices import enabled_among, enabled_slice
-from .fused_linear import place
 from .launch import cdiv, stated_work
 
 

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._place import GROUP_M
 from ._slices import slice_arguments
 from .config import rank_block
 from .decode import decode_kernel
 from .decode_tiles import DecodeTile
 from .flags import flags_for
-from .fused_linear import GROUP_M, describable
 from .launch import (
     Described,
     Dropout,
     Plan,
     cdiv,
+    describable,
     dropout_arguments,
     dropout_facts,
     input_precision,

@@ -16,10 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
+from ._place import GROUP_M, place
 from ._slices import enabled_among, enabled_slice, slice_arguments
 from .config import HOPPER, INTERPRETER, LinearTile, capability, processors, rank_block
-from .fused_linear import GROUP_M, describable, later_tiles, later_tiles_plan, place
-from .launch import Described, Plan, cdiv, input_precision, launch, launch_again, plan_of, stated_work, strides
+from .fused_linear import later_tiles, later_tiles_plan
+from .launch import (
+    Described,
+    Plan,
+    cdiv,
+    describable,
+    input_precision,
+    launch,
+    launch_again,
+    plan_of,
+    stated_work,
+    strides,
+)
 
 # Of all slices; the panel of more would not fit in registers beside the tile.
 MOST_RANKS = 64

@@ -15,8 +15,8 @@ from torch import Tensor
 from .config import capability, processors
 from .decode_launch import decode
 from .decode_tiles import DecodeTile
-from .fused_linear import describable, later_tiles
-from .launch import cdiv
+from .fused_linear import later_tiles
+from .launch import cdiv, describable
 from .lookup import tiles_for
 
 # Measured on Hopper; of tiles as large as those of the other waves.

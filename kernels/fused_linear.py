@@ -6,7 +6,7 @@ grad_input  dx = dy @ w  + keep * (dyb @ a)             left dy [M, N], right w 
 I is the contracted dimension and J the produced one. The panel already carries scaling and 1/q. A low-rank product with
 a mask is what the main loop starts from, since beside it an accumulator of its own would not fit in registers. Without
 one, and with descriptors, its operands are read before the loop and multiplied after it, so that nothing waits for
-them; of two pieces the first alone, and none of more, as there is room for no more.
+them; of two pieces the first alone, and none of more or of wide ones, as there is room for no more.
 
 With descriptors and few ranks, a program computes one tile after another, so that the copy engine stores one while the
 next begins.
@@ -24,15 +24,17 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ._accumulate import accumulate
 from ._dropout import load_words, unpacked_in_pairs, word_of
+from ._place import GROUP_M, place
 from ._ranks import operands
 from ._slices import enabled_among, slice_arguments
 from .config import LinearTile, processors, rank_block
-from .launch import Plan, cdiv, input_precision, launch, plan_of, stated_work, strides
+from .launch import Plan, cdiv, describable, input_precision, launch, plan_of, stated_work, strides
 from .lookup import tiles_for
 
-GROUP_M = 8
-# Ranks that are added at once; beside large tiles, of 16-bit factors alone there is room for twice as many.
+# Ranks that are added at once; twice as many where registers and shared memory have room for them.
 RANK_STEP = 32
+# Of a block's shared memory, on all GPUs with descriptors, what Triton does not take for barriers.
+SHARED_BYTES = 226 * 1024
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -42,22 +44,6 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     tensors = (left, right, *factors, args["bits_ptr"], out[: round(share * len(out))])
     flops = 2.0 * share * args["M"] * args["J"] * (args["I"] + args["R"])
     return stated_work("fused_linear", flops, *tensors, dtype=left.dtype)
-
-
-@triton.jit
-def place(
-    tile, M, J, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_FIRST: tl.constexpr
-):  # fmt: skip
-    """A tile's row and column: by groups of rows, through all columns; before them down the first column, if asked."""
-    tiles_m, columns, rest = tl.cdiv(M, BLOCK_M), tl.cdiv(J, BLOCK_J), tile
-    if COLUMN_FIRST:
-        columns, rest = tl.maximum(columns - 1, 1), tile - tiles_m
-    group, in_group = rest // (GROUP_M * columns), rest % (GROUP_M * columns)
-    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m, tile_j = group * GROUP_M + in_group % group_size, in_group // group_size
-    if COLUMN_FIRST:
-        tile_m, tile_j = tl.where(rest < 0, tile, tile_m), tl.where(rest < 0, 0, tile_j + 1)
-    return tile_m, tile_j
 
 
 @triton.jit
@@ -226,15 +212,12 @@ def _fused_linear_kernel(
         )  # fmt: skip
 
 
-def describable(matrix: Tensor) -> bool:
-    """Whether the GPU's copy engine takes it: rows of contiguous elements, all of them at multiples of 16 bytes."""
-    row = matrix.stride(0)
-    return (
-        matrix.stride(1) == 1
-        and row >= matrix.shape[1]
-        and row * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-    )
+def _fits(tile: LinearTile, left: Tensor, ranks: int) -> bool:
+    """Whether a tile's stages, a quarter of it that is being stored, and a panel and a factor fit in shared memory."""
+    numbers = (tile.block_m + tile.block_j) * (
+        tile.num_stages * tile.block_i + ranks
+    ) + tile.block_m * tile.block_j // 4
+    return numbers * left.element_size() <= SHARED_BYTES
 
 
 def _found_by(
@@ -288,12 +271,12 @@ def _fused_linear(
     descriptors = tile.descriptors and I > 0 and describable(left) and describable(rows_of_right)
     stored = descriptors and describable(out)
     wide = stored and touched == 1 and 2 * RANK_STEP < R <= 2 * RANK_STEP * tile.rank_pieces
-    wide = wide and factor.element_size() == 2
+    wide = wide and factor.element_size() == 2 and _fits(tile, left, 2 * RANK_STEP)
     block_r = min(rank_block(R), 2 * RANK_STEP if wide else RANK_STEP)
     rank_steps = cdiv(R, block_r)
     pieces = touched * rank_steps
-    persistent = stored and pieces <= tile.rank_pieces
-    late = descriptors and bits is None and pieces <= 2 and not wide
+    persistent = stored and pieces <= tile.rank_pieces and _fits(tile, left, block_r)
+    late = descriptors and bits is None and pieces <= 2 and not wide and _fits(tile, left, block_r * pieces)
     programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
     if persistent:
         programs = min(programs, processors(left.device))

@@ -74,6 +74,17 @@ class Described:
         self.base, self.shape, self.strides = tensor, shape, strides
 
 
+def describable(matrix: Tensor) -> bool:
+    """Whether the GPU's copy engine takes it: rows of contiguous elements, all of them at multiples of 16 bytes."""
+    row = matrix.stride(0)
+    return (
+        matrix.stride(1) == 1
+        and row >= matrix.shape[1]
+        and row * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
 def _key(kernel: Any, tensors: Mapping[str, Tensor | None], facts: tuple[Hashable, ...]) -> tuple[Hashable, list[Any]]:
     """What a plan is found by, and the tensors' addresses."""
     # A plan keeps its kernel, whose id is therefore given to no other.

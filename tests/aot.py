@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -117,6 +117,12 @@ FIRST_WAVE = [
     ),
     Case("float16", "float16", 5, shape=(8192, 4096, 4000)),
     Case("bfloat16", "bfloat16", 16, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
+]
+
+# With a stage more than the table has.
+TIGHT = [
+    *(Case("bfloat16", "bfloat16", r) for r in (16, 32, 64, 128)),
+    Case("bfloat16", "bfloat16", 32, shape=(8192, 1600, 4800), enable_lora=(True, True, True)),
 ]
 
 # A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
@@ -266,7 +272,19 @@ def main(capability: int) -> None:
         if first_tiles.first_tile(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
             x, weight, bias, lora_A, lora_B = tensors_of(case)
             fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
+    # Tiles that leave no room for all that the table's do.
+    table = config.TABLES.get(capability, config.SAFE)
+    tight = replace(table, linear=replace(table.linear, num_stages=table.linear.num_stages + 1))
+    fused_linear.tiles_for = lambda *arguments, **options: tight
+    for case in TIGHT if capability >= 90 else []:
+        current[0] = case
+        x, weight, bias, lora_A, lora_B = tensors_of(case)
+        panel_of_x, panel_of_dy = x.new_empty(len(x), sum(case.enable_lora) * case.r), x.new_empty(len(x), len(lora_A))
+        fused_linear.forward(x, weight, bias, panel_of_x, lora_B, case.enable_lora)
+        for bits in (None, torch.empty(len(x), x.shape[1] // 8, dtype=torch.uint8)):
+            fused_linear.grad_input(x.new_empty(len(x), len(weight)), weight, panel_of_dy, lora_A, bits)
     if capability == 90:
+        fused_linear.tiles_for = partial(as_on_a_gpu, capability)
         first_wave.first_wave = lambda *sizes: first_wave.HOPPER
         for case in FIRST_WAVE:
             current[0] = case

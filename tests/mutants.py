@@ -25,6 +25,7 @@ SURVIVED, BROKEN = "SURVIVED", "BROKEN"
 DROPOUT = "kernels/_dropout.py"
 PANEL = "kernels/panel.py"
 LINEAR = "kernels/fused_linear.py"
+PLACE = "kernels/_place.py"
 ADAPTER = "kernels/adapter_grad.py"
 REDUCE = "kernels/reduce.py"
 REFERENCE = "fused_lora/reference.py"
@@ -82,6 +83,7 @@ ANEW = ("tests/test_merged_inference.py",)
 ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
 BESIDE = ("tests/test_beside.py",)
+ROOM = ("tests/test_kernels.py", "-k", "what_there_is_room_for")
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_first_tiles.py",)
 CHOICE = ("tests/test_dispatch.py",)
@@ -138,6 +140,9 @@ MUTANTS = (
     ),
     Mutant("one key for dx alone and followed", LINEAR, "column_first, followed, input", "column_first, input", KEYS),
     Mutant("da summed for db", ADAPTER, "1.0, (partial_db, dtype)", "1.0, (partial_da, dtype)", BESIDE),
+    Mutant("wide pieces of float32 factors", LINEAR, "and factor.element_size() == 2 ", "", ROOM),
+    Mutant("more than fits in shared memory", LINEAR, "<= SHARED_BYTES", "> 0", ROOM),
+    Mutant("more pieces than registers", LINEAR, "stored and pieces <= tile.rank_pieces", "stored", ROOM),
     Mutant("no low-rank product after the loop", LINEAR, "tl.minimum(M, 1)", "0", TRITON),
     Mutant("first wave without room", FIRST_WAVE, "<= -tiles % processors", "<= processors", FIRST_OF_WAVES),
     Mutant("first wave of any rows", FIRST_WAVE, "rows % tile.block_m == 0 and ", "", FIRST_OF_WAVES),
@@ -165,8 +170,8 @@ MUTANTS = (
     Mutant(
         "a tile between first and later ones",
         FIRST_TILES,
-        "out, tile, programs, True)",
-        "out, tile, programs + 1, True)",
+        "out, LATER if tile is WIDE else tile, programs, True)",
+        "out, LATER if tile is WIDE else tile, programs + 1, True)",
         WITH_PANEL,
     ),
     Mutant("first tiles of any strides", FIRST_TILES, "and describable(x)", "and True", WITH_PANEL),
@@ -381,7 +386,7 @@ MUTANTS = (
     ),
     Mutant(
         "only the first group of tiles",
-        LINEAR,
+        PLACE,
         "group * GROUP_M + in_group % group_size",
         "in_group % group_size",
         TRITON,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -270,6 +271,42 @@ def test_kernels_state_their_work() -> None:
     work = low_rank_update._work(None, None, arguments | {"right_ptr": torch.empty(4, 16)})
     assert work["flops32"] == 2 * 8 * 16 * 4
     assert work["bytes"] == 8 * 8 + 4 * (8 * 16 + 8 * 4 + 4 * 16 + 8 * 16)
+
+
+# Beside three stages there is room for operands of 64 ranks at once, beside four for those of 16.
+@pytest.mark.parametrize(
+    ("r", "stages", "masked", "adapter_dtype", "expected"),
+    [
+        (16, 3, False, torch.bfloat16, (True, True, 16)),
+        (16, 3, True, torch.bfloat16, (True, False, 16)),
+        (16, 4, False, torch.float32, (True, True, 16)),
+        (32, 3, False, torch.bfloat16, (True, True, 32)),
+        (32, 4, False, torch.bfloat16, (False, False, 32)),
+        (64, 3, False, torch.float32, (True, True, 32)),
+        (64, 4, False, torch.bfloat16, (False, False, 32)),
+        (128, 3, False, torch.bfloat16, (True, False, 64)),
+        (128, 3, True, torch.bfloat16, (True, False, 64)),
+        (128, 3, False, torch.float32, (False, False, 32)),
+        (128, 4, False, torch.bfloat16, (False, False, 32)),
+        (256, 3, False, torch.bfloat16, (False, False, 32)),
+    ],
+    ids=str,
+)
+def test_a_low_rank_product_takes_what_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, r: int, stages: int, masked: bool, adapter_dtype: torch.dtype, expected: tuple
+) -> None:
+    """Whether a program goes on to other tiles, whether the product comes after its loop, ranks in a piece."""
+    launched = []
+    monkeypatch.setattr(
+        fused_linear, "launch", lambda kernel, tensors, facts, arguments, *_: launched.append(arguments())
+    )
+    tile = replace(config.HOPPER.linear, num_stages=stages)
+    monkeypatch.setattr(fused_linear, "tiles_for", lambda *_: replace(config.HOPPER, linear=tile))
+    dy, weight, dyb = (torch.empty(*size, dtype=torch.bfloat16) for size in ((512, 256), (256, 1024), (512, r)))
+    bits = torch.empty(512, 128, dtype=torch.uint8) if masked else None
+    fused_linear.grad_input(dy, weight, dyb, torch.empty(r, 1024, dtype=adapter_dtype), bits)
+    ((_, others),) = launched
+    assert tuple(others[name] for name in ("PERSISTENT", "LATE", "BLOCK_R")) == expected
 
 
 def test_tables_are_complete_and_frozen() -> None:
