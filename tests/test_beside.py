@@ -92,6 +92,10 @@ def test_what_begins_beside_dx(
 ) -> None:
     given = problem(50, 40, 72, r, "cpu", masked) | dict.fromkeys(left_out.split())
     alone = backward(monkeypatch, given, False)
+    if given["xa"] is not None:
+        exact = given["dy"].double().T @ given["xa"].double()
+        # Fifty products summed in float32.
+        torch.testing.assert_close(alone[2], exact.float(), rtol=0, atol=50 * 2**-24 * exact.abs().max().item())
     launches = Launches(monkeypatch)
     assert_equal(backward(monkeypatch, given, True), alone)
     assert launches.seen == expected
