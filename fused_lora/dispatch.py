@@ -54,7 +54,8 @@ _FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 
 # Which part of the multiprocessors that launch must keep busy.
 _BUSY = 0.8
 _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
-# With fewer, of a forward alone, one launch takes as little time as two that compute the panel in the first wave.
+# Of rows and outputs together, of a forward alone; with fewer, one launch takes as little time as two that compute the
+# panel in the first wave.
 _FEWEST_OUTPUTS_OF_WAVES = 1 << 24
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")

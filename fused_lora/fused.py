@@ -86,9 +86,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     with on(dy):
-        at_once = lora_B is None or adapter_grad.shares_read(lora_B.shape[1])
-        dyb, db = adapter_grad.grad_panels(dy, lora_B, xa if at_once else None, scaling, dtype, enable_lora)
-        later_xa = None if at_once else xa
+        # A db that needs a read of dy by itself can wait until dx's GEMM runs.
+        at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
+        early_xa, later_xa = (xa, None) if at_once else (None, xa)
+        dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora)
         if dyb is None or weight is None or lora_A is None:
             dx, beside = None, False
         else:

@@ -5,8 +5,8 @@ da  left x [M, K],  panel dyb, with the mask's bits; stored transposed, [R, K]
 
 A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.py adds them up in a fixed order.
 
-dx depends on neither, and its GEMM leaves room on most multiprocessors and, in its last wave, some of them idle. On
-Hopper and later these kernels may therefore begin while it runs: see fused_linear.py's `grad_input`.
+dx depends on neither, and its GEMM leaves room on most multiprocessors and, in its last wave, some of them idle. Where
+GPUs can (config.py's `overlaps`), these kernels begin while it runs: see fused_linear.py's `grad_input`.
 """
 
 from __future__ import annotations
@@ -166,11 +166,6 @@ def _launch(
     return grad, product
 
 
-def shares_read(R: int) -> bool:
-    """Whether db and dyb come from one read of dy."""
-    return R <= FUSED_RANK
-
-
 def grad_panels(
     dy: Tensor,
     lora_B: Tensor | None,
@@ -183,7 +178,7 @@ def grad_panels(
 
     With slices: dyb and xa hold R columns for each enabled slice, lora_B and db its rows.
     """
-    if lora_B is not None and xa is not None and dy.numel() > 0 and shares_read(lora_B.shape[1]):
+    if lora_B is not None and xa is not None and dy.numel() > 0 and lora_B.shape[1] <= FUSED_RANK:
         tile = tiles_for(dy.device, dy.dtype, dy.shape[1] // len(enable_lora)).adapter_grad[rank_block(lora_B.shape[1])]
         db, dyb = _launch(dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False)
         assert dyb is not None

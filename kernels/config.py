@@ -22,7 +22,8 @@ _Tile = TypeVar("_Tile")
 class LinearTile:
     """fused_linear.py: a tile of the output, the step of the contraction, and whether the copy engine loads them.
 
-    rank_pieces: of the low-rank product, for which a program that computes one tile after another has registers.
+    rank_pieces: into how many pieces the low-rank product may be cut where one program computes one tile after another;
+    more would not fit in its registers.
     """
 
     block_m: int
@@ -185,7 +186,7 @@ def capability(device: torch.device) -> int:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before runs, on GPUs that this was compiled for."""
+    """Whether a launch may begin while the one before still runs; only on GPUs for which the tests compile that."""
     return device.type == "cuda" and capability(device) in (90, 100)
 
 

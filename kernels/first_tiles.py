@@ -40,8 +40,6 @@ MOST_RANKS = 64
 AT_ONCE = LinearTile(64, 128, 64, 4, 6, descriptors=True), LinearTile(64, 256, 64, 4, 4, descriptors=True)
 FEW_ROWS, MOST_OUTPUTS = 512, 2048
 WIDE = LinearTile(128, 256, 64, 8, 4, descriptors=True)
-# Of the other tiles, whose low-rank product takes the fourth stage's shared memory.
-LATER = HOPPER.linear
 MANY_ROWS, FEW_OUTPUTS = 8192, 1024
 
 
@@ -225,8 +223,13 @@ def forward(
     given = _found_by(x, weight, bias, lora_A, lora_B, scale, enable_lora, tile)
     launch(_first_tiles_kernel, *given, arguments, {"panel_ptr": panel}, described)
     if programs < tiles:
-        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, LATER if tile is WIDE else tile, programs, True)
+        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, _later(tile), programs, True)
     return out, panel
+
+
+def _later(tile: LinearTile) -> LinearTile:
+    """Of the tiles after the first ones, whose low-rank product takes the shared memory of a wide tile's last stage."""
+    return HOPPER.linear if tile is WIDE else tile
 
 
 def _described(lora_A: Tensor, x: Tensor) -> bool:
@@ -288,9 +291,7 @@ def forward_again(
     later = None
     if programs < tiles:
         panel = rows.new_empty((M, len(lora_A)))
-        later = later_tiles_plan(
-            rows, weight, bias, panel, lora_B, enable_lora, LATER if tile is WIDE else tile, programs, True
-        )
+        later = later_tiles_plan(rows, weight, bias, panel, lora_B, enable_lora, _later(tile), programs, True)
         if later is None:
             return None
     return None if plan is None else ForwardAgain(plan, later, x, rows, weight, lora_A)

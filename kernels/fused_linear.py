@@ -214,10 +214,8 @@ def _fused_linear_kernel(
 
 def _fits(tile: LinearTile, left: Tensor, ranks: int) -> bool:
     """Whether a tile's stages, a quarter of it that is being stored, and a panel and a factor fit in shared memory."""
-    numbers = (tile.block_m + tile.block_j) * (
-        tile.num_stages * tile.block_i + ranks
-    ) + tile.block_m * tile.block_j // 4
-    return numbers * left.element_size() <= SHARED_BYTES
+    operands = (tile.block_m + tile.block_j) * (tile.num_stages * tile.block_i + ranks)
+    return (operands + tile.block_m * tile.block_j // 4) * left.element_size() <= SHARED_BYTES
 
 
 def _found_by(
@@ -264,22 +262,10 @@ def _fused_linear(
     if out.numel() == 0:
         return out
     tile = tile or tiles_for(left.device, left.dtype, I, J).linear
-    width = J // len(enable_lora)
-    touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
     descriptors = tile.descriptors and I > 0 and describable(left) and describable(rows_of_right)
     stored = descriptors and describable(out)
-    wide = stored and touched == 1 and 2 * RANK_STEP < R <= 2 * RANK_STEP * tile.rank_pieces
-    wide = wide and factor.element_size() == 2 and _fits(tile, left, 2 * RANK_STEP)
-    block_r = min(rank_block(R), 2 * RANK_STEP if wide else RANK_STEP)
-    rank_steps = cdiv(R, block_r)
-    pieces = touched * rank_steps
-    persistent = stored and pieces <= tile.rank_pieces and _fits(tile, left, block_r)
-    late = descriptors and bits is None and pieces <= 2 and not wide and _fits(tile, left, block_r * pieces)
-    programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
-    if persistent:
-        programs = min(programs, processors(left.device))
     described = {}
     if descriptors:
         block = [tile.block_j, tile.block_i] if transposed else [tile.block_i, tile.block_j]
@@ -289,6 +275,18 @@ def _fused_linear(
     given = _found_by(left, right, panel, factor, bias, bits, enable_lora, tile, first_tile, column_first, followed)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        width = J // len(enable_lora)
+        touched = 1 if width % tile.block_j == 0 else min(sum(enable_lora), (tile.block_j - 2) // width + 2)
+        wide = stored and touched == 1 and 2 * RANK_STEP < R <= 2 * RANK_STEP * tile.rank_pieces
+        wide = wide and factor.element_size() == 2 and _fits(tile, left, 2 * RANK_STEP)
+        block_r = min(rank_block(R), 2 * RANK_STEP if wide else RANK_STEP)
+        rank_steps = cdiv(R, block_r)
+        pieces = touched * rank_steps
+        persistent = stored and pieces <= tile.rank_pieces and _fits(tile, left, block_r)
+        late = descriptors and bits is None and pieces <= 2 and not wide and _fits(tile, left, block_r * pieces)
+        programs = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
+        if persistent:
+            programs = min(programs, processors(left.device))
         return (programs,), dict(
             **strides("lm li", left),
             **strides("ri rj", right),

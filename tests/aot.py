@@ -75,17 +75,15 @@ class Case:
 
 WIDTHS = (1024, 4096, 14336)
 CASES = [
+    Case("bfloat16", "bfloat16", 16),
+    Case("bfloat16", "float32", 16, dropout=True),
+    Case("float16", "float16", 33, dropout=True, shape=(8192, 4096, 1008)),
+    Case("bfloat16", "float32", 64, dropout=True, fan_in_fan_out=True),
     Case("bfloat16", "bfloat16", 64),
     Case("bfloat16", "bfloat16", 64, dropout=True),
     Case("bfloat16", "bfloat16", 128),
     Case("bfloat16", "bfloat16", 128, dropout=True, fan_in_fan_out=True),
     Case("bfloat16", "float32", 128, dropout=True),
-    Case("bfloat16", "bfloat16", 32, shape=(8192, 1600, 4800), enable_lora=(True, True, True)),
-    Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 1600, 4800), enable_lora=(True, False, True)),
-    Case("bfloat16", "bfloat16", 16),
-    Case("bfloat16", "float32", 16, dropout=True),
-    Case("float16", "float16", 33, dropout=True, shape=(8192, 4096, 1008)),
-    Case("bfloat16", "float32", 64, dropout=True, fan_in_fan_out=True),
     Case("bfloat16", "bfloat16", 256, dropout=True),
     Case("bfloat16", "bfloat16", 16, dropout=True, column_offset=5, shape=(37, 53, 41)),
     Case("bfloat16", "bfloat16", 16, dropout=True, column_offset=5),
@@ -96,6 +94,8 @@ CASES = [
     # Slices that tiles do not cross, and slices that they do.
     Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
     Case("bfloat16", "float32", 64, shape=(8192, 1600, 4800), enable_lora=(True, True, True), fan_in_fan_out=True),
+    Case("bfloat16", "bfloat16", 32, shape=(8192, 1600, 4800), enable_lora=(True, True, True)),
+    Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 1600, 4800), enable_lora=(True, False, True)),
     Case("float32", "float32", 8, shape=(37, 53, 123), enable_lora=(False, True, True)),
 ]
 

@@ -170,8 +170,8 @@ MUTANTS = (
     Mutant(
         "a tile between first and later ones",
         FIRST_TILES,
-        "out, LATER if tile is WIDE else tile, programs, True)",
-        "out, LATER if tile is WIDE else tile, programs + 1, True)",
+        "out, _later(tile), programs, True)",
+        "out, _later(tile), programs + 1, True)",
         WITH_PANEL,
     ),
     Mutant("first tiles of any strides", FIRST_TILES, "and describable(x)", "and True", WITH_PANEL),

@@ -143,7 +143,7 @@ def test_the_same_bits_as_one_after_another(
         return tuple(gradient.clone() for gradient in gradients if gradient is not None)  # type: ignore[return-value]
 
     for _ in range(5):
-        # The next dx is computed where this one was, if nobody waits for it.
+        # The allocator gives dx this memory, so that whoever reads it too early finds NaN.
         poison = torch.full_like(given["x"], float("nan"))
         del poison
         assert_equal(step(), alone)
