@@ -22,8 +22,7 @@ _Tile = TypeVar("_Tile")
 class LinearTile:
     """fused_linear.py: a tile of the output, the step of the contraction, and whether the copy engine loads them.
 
-    rank_pieces: into how many pieces the low-rank product may be cut where one program computes one tile after another;
-    more would not fit in its registers.
+    extends_masked: whether extended.py, too, has registers enough for a mask beside the tile.
     """
 
     block_m: int
@@ -32,7 +31,7 @@ class LinearTile:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    rank_pieces: int = 1
+    extends_masked: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ AMPERE = Tiles(
 )
 
 HOPPER = Tiles(
-    linear=LinearTile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True, rank_pieces=2),
+    linear=LinearTile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
     panel=_by_rank(
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=5),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
@@ -142,9 +141,6 @@ HOPPER = Tiles(
     ),
 )
 
-# With more pieces its compiler finds no matrix instructions (triton 3.6).
-BLACKWELL = replace(HOPPER, linear=replace(HOPPER.linear, rank_pieces=1))
-
 IRREGULAR = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=32, num_warps=4, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=4, num_stages=2)] * 4),
@@ -160,12 +156,15 @@ FLOAT32 = Tiles(
 )
 
 INTERPRETER = Tiles(
-    linear=LinearTile(32, 64, 16, num_warps=4, num_stages=1, descriptors=True, rank_pieces=2),
+    linear=LinearTile(32, 64, 16, num_warps=4, num_stages=1, descriptors=True),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
     grad_lora_A=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
     update=UpdateTile(block_m=16, block_j=32, num_warps=4, num_stages=1),
 )
+
+# Its accumulators lie in a memory of their own, from which a mask would bring them into registers all at once.
+BLACKWELL = replace(HOPPER, linear=replace(HOPPER.linear, extends_masked=False))
 
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
 

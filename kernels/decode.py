@@ -233,7 +233,7 @@ def decode_kernel(
     else:
         tile = (program - producers) // SPLITS
         split = (program - producers) % SPLITS
-        tile_m, tile_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M, False)
+        tile_m, tile_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_rows, in_columns = (rows < M)[:, None], (columns < N)[None, :]

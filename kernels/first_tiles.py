@@ -1,8 +1,7 @@
-"""The first tiles of a forward without a mask, and the panel of all rows: y = x @ w.T + panel @ b.T + bias.
+"""A forward without a mask whose tiles all run at once, and its panel: y = x @ w.T + panel @ b.T + bias.
 
-The panel, scale * x @ a.T, is computed beside the tiles' own product, from the x that passes by anyway. In every tile
-it would cost a tenth of the whole, in a kernel of its own another read of x. As many tiles as run at once take it on,
-in an order that begins with y's first columns and so covers all rows; fused_linear.py computes the others from it.
+Every tile computes the panel of its own rows, scale * x @ a.T, beside its own product, from the x that passes by
+anyway. That costs a tenth of the whole; in a kernel of its own the panel would take longer, as another read of x.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from torch import Tensor
 from ._accumulate import accumulate
 from ._place import GROUP_M, place
 from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import HOPPER, INTERPRETER, LinearTile, capability, processors, rank_block
-from .fused_linear import later_tiles, later_tiles_plan
+from .config import INTERPRETER, LinearTile, capability, processors, rank_block
 from .launch import (
     Described,
     Plan,
@@ -35,22 +33,17 @@ from .launch import (
 
 # Of all slices; the panel of more would not fit in registers beside the tile.
 MOST_RANKS = 64
-# On Hopper, measured for these rows and outputs: from narrow to wide, for as many tiles as run at once; and where there
-# are more, for many rows of few outputs, of which the panel's own kernel would be a large part.
+# On Hopper, measured for these rows and outputs, from narrow to wide.
 AT_ONCE = LinearTile(64, 128, 64, 4, 6, descriptors=True), LinearTile(64, 256, 64, 4, 4, descriptors=True)
 FEW_ROWS, MOST_OUTPUTS = 512, 2048
-WIDE = LinearTile(128, 256, 64, 8, 4, descriptors=True)
-MANY_ROWS, FEW_OUTPUTS = 8192, 1024
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     x, lora_A, weight, out = (
         getattr(args[name], "base", args[name]) for name in ("x_ptr", "lora_A_ptr", "weight_ptr", "out_ptr")
     )
-    weight = weight.T if args["TRANSPOSED"] else weight
-    columns = cdiv(grid[0], cdiv(args["M"], args["BLOCK_M"])) * args["BLOCK_N"]
-    flops = 2.0 * x.numel() * (min(columns, args["N"]) + args["RANKS"])
-    moved = x, weight[:columns], lora_A, args["lora_B_ptr"][:columns], out[:, :columns], args["panel_ptr"]
+    flops = 2.0 * x.numel() * (args["N"] + args["RANKS"])
+    moved = x, weight, lora_A, args["lora_B_ptr"], out, args["panel_ptr"]
     return stated_work("first_tiles", flops, *moved, dtype=x.dtype)
 
 
@@ -70,7 +63,7 @@ def _first_tiles_kernel(
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M, True)
+    tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inner, ranks = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -145,7 +138,7 @@ def fitted(capability: int, processors: int, rows: int, outputs: int) -> LinearT
     for tile in AT_ONCE:
         if 3 * processors // 4 <= cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_j) <= processors:
             return tile
-    return WIDE if rows >= MANY_ROWS and outputs <= FEW_OUTPUTS else None
+    return None
 
 
 def takes(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
@@ -173,13 +166,6 @@ def _found_by(
     return tensors, (tile, input_precision(x.dtype), scale, *enable_lora)
 
 
-def _numbers(tile: LinearTile, device: torch.device, M: int, N: int) -> tuple[int, int]:
-    """How many tiles there are, and how many of them are first."""
-    rows, at_once = cdiv(M, tile.block_m), processors(device)
-    tiles = rows * cdiv(N, tile.block_j)
-    return tiles, min(cdiv(rows, at_once) * at_once, tiles)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -193,7 +179,6 @@ def forward(
     """y [M, N] and its panel xa [M, enabled * R], of what `takes` holds for."""
     (M, K), N, RANKS, R = x.shape, weight.shape[0], lora_A.shape[0], lora_B.shape[1]
     out, panel = x.new_empty((M, N)), x.new_empty((M, RANKS))
-    tiles, programs = _numbers(tile, x.device, M, N)
     transposed = weight.stride(1) != 1
     weight_block = [tile.block_i, tile.block_j] if transposed else [tile.block_j, tile.block_i]
     described = {
@@ -205,7 +190,7 @@ def forward(
         described["lora_A_ptr"] = lora_A, [rank_block(RANKS), tile.block_i]
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (programs,), dict(
+        return (cdiv(M, tile.block_m) * cdiv(N, tile.block_j),), dict(
             **strides("ar ak", lora_A),
             **strides("bn br", lora_B),
             **strides("bias", bias),
@@ -222,14 +207,7 @@ def forward(
 
     given = _found_by(x, weight, bias, lora_A, lora_B, scale, enable_lora, tile)
     launch(_first_tiles_kernel, *given, arguments, {"panel_ptr": panel}, described)
-    if programs < tiles:
-        later_tiles(x, weight, bias, panel, lora_B, enable_lora, out, _later(tile), programs, True)
     return out, panel
-
-
-def _later(tile: LinearTile) -> LinearTile:
-    """Of the tiles after the first ones, whose low-rank product takes the shared memory of a wide tile's last stage."""
-    return HOPPER.linear if tile is WIDE else tile
 
 
 def _described(lora_A: Tensor, x: Tensor) -> bool:
@@ -243,13 +221,12 @@ class ForwardAgain:
     def __init__(
         self,
         plan: Plan,
-        later: Plan | None,
         x: Tensor,
         rows: Tensor,
         weight: Tensor,
         lora_A: Tensor,
     ) -> None:
-        self.plan, self.later = plan, later
+        self.plan = plan
         self.out_shape, self.panel_shape = (*x.shape[:-1], len(weight)), (len(rows), len(lora_A))
         self.x_layout = tuple(rows.shape), rows.stride()
         self.out_layout = (len(rows), len(weight)), (len(weight), 1)
@@ -266,8 +243,6 @@ class ForwardAgain:
         )
         factor = [] if self.lora_A_layout is None else [Described(lora_A, *self.lora_A_layout)]
         launch_again(self.plan, [x, weight, lora_A, lora_B, bias, panel], [*described, *factor])
-        if self.later is not None:
-            launch_again(self.later, [x, weight, panel, lora_B, bias, None, out], described)
         return out
 
 
@@ -287,11 +262,4 @@ def forward_again(
     if tile is None:
         return None
     plan = plan_of(_first_tiles_kernel, *_found_by(rows, weight, bias, lora_A, lora_B, scale, enable_lora, tile))
-    tiles, programs = _numbers(tile, x.device, M, N)
-    later = None
-    if programs < tiles:
-        panel = rows.new_empty((M, len(lora_A)))
-        later = later_tiles_plan(rows, weight, bias, panel, lora_B, enable_lora, _later(tile), programs, True)
-        if later is None:
-            return None
-    return None if plan is None else ForwardAgain(plan, later, x, rows, weight, lora_A)
+    return None if plan is None else ForwardAgain(plan, x, rows, weight, lora_A)

@@ -95,7 +95,7 @@ def _tile(kind: type[_Tile], value: object, name: str) -> _Tile:
 
 
 def _number(value: object, name: str, key: str) -> int:
-    if key == "descriptors":
+    if key in ("descriptors", "extends_masked"):
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; expected true or false.")
         return value

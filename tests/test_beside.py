@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
 from fused_lora import fused
-from fused_lora.kernels import adapter_grad, config, fused_linear, panel, reduce
+from fused_lora.kernels import adapter_grad, config, extended, fused_linear, panel, reduce
 from fused_lora.kernels import launch as module
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -44,10 +44,10 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
         self.told: list[str] = []
-        for launcher in (adapter_grad, fused_linear, panel, reduce):
+        for launcher in (adapter_grad, extended, fused_linear, panel, reduce):
             monkeypatch.setattr(launcher, "launch", self)
         # Triton's interpreter knows neither instruction.
-        for launcher, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (fused_linear, BEGIN)):
+        for launcher, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (extended, BEGIN)):
             monkeypatch.setattr(launcher, name, lambda name=name: self.told.append(name))
 
     def __call__(self, kernel, tensors, facts, arguments, made=None, descriptors=None) -> None:
@@ -67,19 +67,19 @@ class Launches:
 BEGIN = "gdc_launch_dependents"
 # Of more ranks than that, db is a read of dy by itself.
 FEW, MANY = adapter_grad.FUSED_RANK, adapter_grad.FUSED_RANK + 1
-BOTH = ["fused_linear followed", "adapter_grad beside", "adapter_grad beside", "reduce"]
+BOTH = ["extended followed", "adapter_grad beside", "adapter_grad beside", "reduce"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 @pytest.mark.parametrize(
     ("r", "left_out", "expected"),
     [
-        (FEW, "", ["adapter_grad", "reduce", "fused_linear followed", "adapter_grad beside", "reduce"]),
+        (FEW, "", ["adapter_grad", "reduce", "extended followed", "adapter_grad beside", "reduce"]),
         (MANY, "", ["panel", *BOTH]),
-        (FEW, "x", ["adapter_grad", "reduce", "fused_linear"]),
-        (MANY, "x", ["panel", "fused_linear followed", "adapter_grad beside", "reduce"]),
-        (FEW, "xa", ["panel", "fused_linear followed", "adapter_grad beside", "reduce"]),
-        (MANY, "x xa", ["panel", "fused_linear"]),
+        (FEW, "x", ["adapter_grad", "reduce", "extended"]),
+        (MANY, "x", ["panel", "extended followed", "adapter_grad beside", "reduce"]),
+        (FEW, "xa", ["panel", "extended followed", "adapter_grad beside", "reduce"]),
+        (MANY, "x xa", ["panel", "extended"]),
         (FEW, "weight lora_A", ["adapter_grad", "reduce", "adapter_grad", "reduce"]),
         (MANY, "weight lora_A", ["panel", "adapter_grad", "adapter_grad", "reduce"]),
         (MANY, "weight lora_A lora_B x", ["adapter_grad", "reduce"]),

@@ -1,4 +1,4 @@
-"""A forward whose first tiles compute the panel of all rows: accuracy, addresses, and which layers take it."""
+"""A forward whose tiles compute the panel of their rows: accuracy, addresses, and which layers take it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 from numerics import assert_as_accurate_as
 
 from fused_lora.kernels import config, first_tiles
-from fused_lora.kernels.first_tiles import AT_ONCE, MOST_RANKS, WIDE, fitted
+from fused_lora.kernels.first_tiles import AT_ONCE, MOST_RANKS, fitted
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 
@@ -42,7 +42,7 @@ def problem(
 
 def computed(t: dict[str, Tensor | None], pattern: tuple[bool, ...] = (True,)) -> tuple[Tensor, Tensor]:
     assert first_tiles.takes(t["x"], t["weight"], t["lora_A"])
-    tile = TILE if t["x"].device.type == "cpu" else WIDE
+    tile = TILE if t["x"].device.type == "cpu" else AT_ONCE[-1]
     return first_tiles.forward(**t, scale=0.5, tile=tile, enable_lora=pattern)
 
 
@@ -132,21 +132,19 @@ def test_touches_only_its_arguments_and_writes_every_element_once(shape: tuple[i
 
     with checked_addresses() as counts:
         y, panel = computed(problem(shape))
-    more = -(-shape[0] // TILE.block_m) * -(-shape[2] // TILE.block_j) > config.processors(torch.device("cpu"))
-    assert counts["launches"] == (2 if more else 1)
+    assert counts["launches"] == 1
     assert not y.isnan().any() and not panel.isnan().any()
 
 
-def test_tiles_that_run_at_once_are_taken_for_few_outputs_and_wide_ones_for_many_rows() -> None:
+def test_tiles_that_run_at_once_are_taken_for_few_outputs() -> None:
     narrow, wider = AT_ONCE
     cases = {
         (1024, 1024): narrow,
         (2048, 1024): wider,
         (1024, 2048): wider,
         (4096, 512): wider,
-        (8192, 1024): WIDE,
-        (16384, 1024): WIDE,
-        # Neither was faster there.
+        # More tiles than run at once.
+        (8192, 1024): None,
         (4096, 1024): None,
         (2048, 2048): None,
         (8192, 2048): None,
@@ -164,7 +162,7 @@ def test_only_regular_sizes_of_two_bytes_are_taken(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(first_tiles, "capability", lambda device: 90)
     monkeypatch.setattr(first_tiles, "processors", lambda device: 132)
     gpu = torch.device("cuda", 0)
-    assert first_tiles.first_tile(gpu, torch.float16, 8192, 4096, 1024) is WIDE
-    assert first_tiles.first_tile(gpu, torch.float32, 8192, 4096, 1024) is None
-    assert first_tiles.first_tile(gpu, torch.bfloat16, 8192, 4100, 1024) is None
-    assert first_tiles.first_tile(gpu, torch.bfloat16, 8192, 4096, 1020) is None
+    assert first_tiles.first_tile(gpu, torch.float16, 2048, 4096, 1024) is AT_ONCE[-1]
+    assert first_tiles.first_tile(gpu, torch.float32, 2048, 4096, 1024) is None
+    assert first_tiles.first_tile(gpu, torch.bfloat16, 2048, 4100, 1024) is None
+    assert first_tiles.first_tile(gpu, torch.bfloat16, 2048, 4096, 1020) is None

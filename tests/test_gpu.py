@@ -268,9 +268,10 @@ def test_x_on_a_gpu_that_is_not_the_current_one() -> None:
 
 
 def test_new_row_counts_and_offsets_compile_nothing_new() -> None:
-    from fused_lora.kernels import adapter_grad, fused_linear, panel, reduce
+    from fused_lora.kernels import adapter_grad, extended, fused_linear, panel, reduce
 
     kernels = [
+        extended._extended_kernel,
         fused_linear._fused_linear_kernel,
         panel._panel_kernel,
         adapter_grad._adapter_grad_kernel,

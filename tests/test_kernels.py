@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -17,6 +16,7 @@ from fused_lora.kernels import (  # noqa: E402
     adapter_grad,
     config,
     decode,
+    extended,
     fused_linear,
     low_rank_update,
     mask,
@@ -239,11 +239,11 @@ def test_kernels_state_their_work() -> None:
         "out_ptr": out,
     }
     arguments |= {"M": 8, "J": 32, "I": 64, "R": 4, "BLOCK_M": 4, "BLOCK_J": 16, "first_tile": 0}
-    work = fused_linear._work(None, None, arguments)
+    work = extended.work(None, None, arguments)
     assert work["flops16"] == 2 * 8 * 32 * 64 + 2 * 8 * 4 * 32
     assert work["bytes"] == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4 * (8 * 4 + 4 * 32) + 8 * 4
     # Three of four tiles.
-    later = fused_linear._work(None, None, arguments | {"first_tile": 1})
+    later = extended.work(None, None, arguments | {"first_tile": 1})
     assert (later["flops16"], later["bytes"]) == (0.75 * work["flops16"], work["bytes"] - 2 * 8 * 32 / 4)
     # Two of three slices of 64 columns, which are all that is read.
     left, xa = torch.empty(8, 192, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.bfloat16)
@@ -271,42 +271,6 @@ def test_kernels_state_their_work() -> None:
     work = low_rank_update._work(None, None, arguments | {"right_ptr": torch.empty(4, 16)})
     assert work["flops32"] == 2 * 8 * 16 * 4
     assert work["bytes"] == 8 * 8 + 4 * (8 * 16 + 8 * 4 + 4 * 16 + 8 * 16)
-
-
-# Beside three stages there is room for operands of 64 ranks at once, beside four for those of 16.
-@pytest.mark.parametrize(
-    ("r", "stages", "masked", "adapter_dtype", "expected"),
-    [
-        (16, 3, False, torch.bfloat16, (True, True, 16)),
-        (16, 3, True, torch.bfloat16, (True, False, 16)),
-        (16, 4, False, torch.float32, (True, True, 16)),
-        (32, 3, False, torch.bfloat16, (True, True, 32)),
-        (32, 4, False, torch.bfloat16, (False, False, 32)),
-        (64, 3, False, torch.float32, (True, True, 32)),
-        (64, 4, False, torch.bfloat16, (False, False, 32)),
-        (128, 3, False, torch.bfloat16, (True, False, 64)),
-        (128, 3, True, torch.bfloat16, (True, False, 64)),
-        (128, 3, False, torch.float32, (False, False, 32)),
-        (128, 4, False, torch.bfloat16, (False, False, 32)),
-        (256, 3, False, torch.bfloat16, (False, False, 32)),
-    ],
-    ids=str,
-)
-def test_a_low_rank_product_takes_what_there_is_room_for(
-    monkeypatch: pytest.MonkeyPatch, r: int, stages: int, masked: bool, adapter_dtype: torch.dtype, expected: tuple
-) -> None:
-    """Whether a program goes on to other tiles, whether the product comes after its loop, ranks in a piece."""
-    launched = []
-    monkeypatch.setattr(
-        fused_linear, "launch", lambda kernel, tensors, facts, arguments, *_: launched.append(arguments())
-    )
-    tile = replace(config.HOPPER.linear, num_stages=stages)
-    monkeypatch.setattr(fused_linear, "tiles_for", lambda *_: replace(config.HOPPER, linear=tile))
-    dy, weight, dyb = (torch.empty(*size, dtype=torch.bfloat16) for size in ((512, 256), (256, 1024), (512, r)))
-    bits = torch.empty(512, 128, dtype=torch.uint8) if masked else None
-    fused_linear.grad_input(dy, weight, dyb, torch.empty(r, 1024, dtype=adapter_dtype), bits)
-    ((_, others),) = launched
-    assert tuple(others[name] for name in ("PERSISTENT", "LATE", "BLOCK_R")) == expected
 
 
 def test_tables_are_complete_and_frozen() -> None:

@@ -17,6 +17,7 @@ from fused_lora.functional import effective_weight, lora_embedding, lora_linear
 from fused_lora.kernels import (
     adapter_grad,
     decode_launch,
+    extended,
     few_rows_grad,
     first_tiles,
     fused_linear,
@@ -30,6 +31,7 @@ from fused_lora.kernels import launch as module
 LAUNCHERS = (
     adapter_grad,
     decode_launch,
+    extended,
     few_rows_grad,
     first_tiles,
     fused_linear,
@@ -116,7 +118,7 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
                 for rows, r, scaling in ((5, 4, 0.5), (5, 4, 0.5), (5, 5, 0.5), (5, 4, 0.25), (21, 4, 0.5)):
                     linear(rows, r, dtypes, wanted, p, pattern, scaling)
     with fused_lora.use_backend("triton"):
-        # Of so many outputs, the first tiles compute the panel; in two launches with so many rows.
+        # Of so many outputs, the tiles compute the panel.
         for dtypes, pattern in product((HALF, MIXED), ((True,), (True, False, True))):
             for rows, r, scaling in ((5, 4, 0.5), (5, 4, 0.5), (5, 5, 0.5), (5, 4, 0.25), (300, 4, 0.5), (300, 4, 0.5)):
                 linear(rows, r, dtypes, "", 0.0, pattern, scaling, K=32, N=144)
@@ -125,7 +127,7 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
             for r, scaling in ((4, 0.5), (4, 0.5), (5, 0.5), (4, 0.25)):
                 linear(rows, r, dtypes, "", 0.0, (True,), scaling, K=48, N=N)
         # What begins while dx's GEMM runs is another kernel. Triton's interpreter knows neither of its instructions.
-        for where, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (fused_linear, BEGIN)):
+        for where, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (extended, BEGIN)):
             monkeypatch.setattr(where, name, lambda: None)
         for overlaps, r, wanted in product((False, True), (4, 40), ("xA", "xAB")):
             monkeypatch.setattr(fused, "overlaps", lambda device, overlaps=overlaps: overlaps)
