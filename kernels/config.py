@@ -134,8 +134,8 @@ HOPPER = Tiles(
         AdapterGradTile(block_m=64, block_i=128, num_warps=8, num_stages=3, programs=264),
     ),
     grad_lora_A=_by_rank(
-        AdapterGradTile(block_m=128, block_i=64, num_warps=4, num_stages=3, programs=528),
-        AdapterGradTile(block_m=128, block_i=64, num_warps=4, num_stages=3, programs=528),
+        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=3, programs=528),
+        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=3, programs=528),
         AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=264),
         AdapterGradTile(block_m=64, block_i=64, num_warps=8, num_stages=3, programs=264),
     ),
