@@ -56,9 +56,9 @@ def _adapter_grad_kernel(
     ROWS,  # rows per split, a multiple of BLOCK_M
     SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_I: tl.constexpr, PRECISION: tl.constexpr, BESIDE: tl.constexpr,
+    EVEN_I: tl.constexpr, PRECISION: tl.constexpr, BESIDE: tl.constexpr, FOLLOWED: tl.constexpr,
 ):  # fmt: skip
-    if BESIDE:
+    if FOLLOWED:
         gdc_launch_dependents()
     tiles = tl.cdiv(I, BLOCK_I)
     tile, split = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
@@ -121,10 +121,12 @@ def _launch(
     *,
     transposed: bool,
     beside: bool = False,
+    followed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
 
     In float32; a single gradient, which is whole, in `dtype`. beside: begins while the launch before still runs.
+    followed: the next launch begins while this one runs, and waits for it.
 
     With slices, the enabled ones' gradients and products stand one after another in I and in R respectively.
     """
@@ -149,7 +151,7 @@ def _launch(
             **strides("ds dm dr", product),
             M=M, I=I, R=R, ROWS=rows, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-            EVEN_I=I % tile.block_i == 0, PRECISION=precision, BESIDE=beside, launch_pdl=beside,
+            EVEN_I=I % tile.block_i == 0, PRECISION=precision, BESIDE=beside, FOLLOWED=followed, launch_pdl=beside,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             **strides("bm", bits),
         )  # fmt: skip
@@ -161,7 +163,7 @@ def _launch(
         "bits_ptr": bits,
     }
     made = {"grad_ptr": grad, "product_ptr": product}
-    facts = (tile, precision, transposed, beside, grad.dtype, *enable_lora)
+    facts = (tile, precision, transposed, beside, followed, grad.dtype, *enable_lora)
     launch(_adapter_grad_kernel, tensors, facts, arguments, made)
     return grad, product
 
@@ -173,16 +175,19 @@ def grad_panels(
     scaling: float,
     dtype: torch.dtype,
     enable_lora: Sequence[bool] = (True,),
+    *,
+    overlaps: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dyb [M, R] in dy's dtype where lora_B [N, R] is given, db [N, R] in `dtype` where xa [M, R] is.
 
     With slices: dyb and xa hold R columns for each enabled slice, lora_B and db its rows.
+    overlaps: whether sums may be launched while what they add up is still computed.
     """
     if lora_B is not None and xa is not None and dy.numel() > 0 and lora_B.shape[1] <= FUSED_RANK:
         tile = tiles_for(dy.device, dy.dtype, dy.shape[1] // len(enable_lora)).adapter_grad[rank_block(lora_B.shape[1])]
-        db, dyb = _launch(dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False)
+        db, dyb = _launch(dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False, followed=overlaps)
         assert dyb is not None
-        return reduce(dyb, dy.dtype, scaling, (db, dtype))
+        return reduce(dyb, dy.dtype, scaling, (db, dtype), beside=overlaps)
     dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
     return dyb, adapter_grads(dy, xa, None, None, None, dtype, enable_lora)[1]
 
@@ -200,7 +205,8 @@ def adapter_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """da [R, K] where x and dyb are given, db [N, R] where xa is, both in `dtype`.
 
-    beside: the launch before is `grad_input`'s, told that it is followed; they begin while it runs.
+    beside: the launch before is `grad_input`'s, told that it is followed; they begin while it runs, and their sum is
+    launched while they run.
     """
     partial_db = partial_da = None
     if xa is not None:
@@ -209,23 +215,25 @@ def adapter_grads(
             partial_db = xa.new_zeros((1, sum(enable_lora) * I, R), dtype=dtype)
         else:
             tile = tiles_for(dy.device, dy.dtype, I).adapter_grad[rank_block(R)]
-            partial_db, _ = _launch(dy, xa, None, None, tile, dtype, enable_lora, transposed=False, beside=beside)
+            partial_db, _ = _launch(
+                dy, xa, None, None, tile, dtype, enable_lora, transposed=False, beside=beside, followed=beside
+            )
     if x is not None and dyb is not None:
         if x.numel() == 0:
             partial_da = x.new_zeros((1, dyb.shape[1], x.shape[1]), dtype=dtype)
         else:
             tiles = tiles_for(x.device, x.dtype, x.shape[1])
             tile = (tiles.adapter_grad if bits is None else tiles.grad_lora_A)[rank_block(dyb.shape[1])]
-            partial_da, _ = _launch(x, dyb, None, bits, tile, dtype, transposed=True, beside=beside)
+            partial_da, _ = _launch(x, dyb, None, bits, tile, dtype, transposed=True, beside=beside, followed=beside)
     if partial_da is not None and partial_db is not None and len(partial_da) > 1 and len(partial_db) > 1:
-        return reduce(partial_da, dtype, 1.0, (partial_db, dtype))
-    return _whole(partial_da, dtype), _whole(partial_db, dtype)
+        return reduce(partial_da, dtype, 1.0, (partial_db, dtype), beside=beside)
+    return _whole(partial_da, dtype, beside), _whole(partial_db, dtype, beside)
 
 
-def _whole(partials: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _whole(partials: Tensor | None, dtype: torch.dtype, beside: bool) -> Tensor | None:
     if partials is None or len(partials) == 1:
         return None if partials is None else partials[0]
-    return reduce(partials, dtype)[0]
+    return reduce(partials, dtype, beside=beside)[0]
 
 
 def grad_lora_A(dyb: Tensor, x: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:

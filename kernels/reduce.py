@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from .launch import cdiv, launch, stated_work
 
@@ -44,8 +45,10 @@ def _reduce_kernel(
     other_partials_ptr,  # [OTHER_SPLITS, OTHER_SIZE], or None
     other_out_ptr,  # [OTHER_SIZE], or None
     OTHER_SPLITS, OTHER_SIZE,
-    BLOCK: tl.constexpr, SPLIT_STEP: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT_STEP: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    if BESIDE:
+        gdc_wait()
     block, blocks = tl.program_id(0), tl.cdiv(SIZE, BLOCK)
     if block < blocks:
         _sum(partials_ptr, out_ptr, scale, SPLITS, SIZE, block, BLOCK, SPLIT_STEP)
@@ -58,10 +61,13 @@ def reduce(
     dtype: torch.dtype,
     scale: float = 1.0,
     other: tuple[Tensor, torch.dtype] | None = None,
+    *,
+    beside: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """partials: float32 [splits, *shape], contiguous; returns scale times their sum, [*shape] in dtype.
 
     other: partials and a dtype whose sum is returned beside it, unscaled.
+    beside: is launched while the launch before still runs, which is told so, and waits for it.
     """
     out, others, other_out = partials.new_empty(partials.shape[1:], dtype=dtype), None, None
     if other is not None:
@@ -76,13 +82,13 @@ def reduce(
             scale=scale, SPLITS=len(partials), SIZE=out.numel(),
             OTHER_SPLITS=0 if others is None else len(others),
             OTHER_SIZE=0 if other_out is None else other_out.numel(),
-            BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, num_warps=4, enable_fp_fusion=True,
+            BLOCK=BLOCK, SPLIT_STEP=SPLIT_STEP, BESIDE=beside, launch_pdl=beside, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     tensors, made = (
         {"partials_ptr": partials, "other_partials_ptr": others},
         {"out_ptr": out, "other_out_ptr": other_out},
     )
-    facts = (scale, dtype, None if other is None else other[1])
+    facts = (scale, dtype, beside, None if other is None else other[1])
     launch(_reduce_kernel, tensors, facts, arguments, made)
     return out, other_out
