@@ -89,14 +89,14 @@ def backward(
         # A db that needs a read of dy by itself can wait until dx's GEMM runs.
         at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
         early_xa, later_xa = (xa, None) if at_once else (None, xa)
-        overlapping = overlaps(dy.device)
+        overlapping, held = overlaps(dy.device), list[Tensor]()
         dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
         if dyb is None or weight is None or lora_A is None:
             dx, beside = None, False
         else:
             # An empty dx is not launched.
             beside = not (x is None and later_xa is None) and overlapping and dy.numel() * weight.numel() > 0
-            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, followed=beside)
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, held=held if beside else None)
         da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
         return dx, da, db if at_once else later_db
 

@@ -205,8 +205,8 @@ def adapter_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """da [R, K] where x and dyb are given, db [N, R] where xa is, both in `dtype`.
 
-    beside: the launch before is `grad_input`'s, told that it is followed; they begin while it runs, and their sum is
-    launched while they run.
+    beside: the launch before is `grad_input`'s, which was given a list to hold; they begin while it runs, and their sum
+    is launched while they run.
     """
     partial_db = partial_da = None
     if xa is not None:

@@ -191,10 +191,11 @@ def extended(
     first_tile: int,
     *,
     followed: bool,
-) -> None:
-    """out [M, J], computed from its first_tile on, in the order of `place`, of what `takes` holds for.
+) -> tuple[Tensor, Tensor]:
+    """Computes out [M, J] from its first_tile on, in the order of `place`, of what `takes` holds for.
 
-    A panel or a factor [R, enabled * width] that the copy engine cannot read as it lies is copied first.
+    A panel or a factor [R, enabled * width] that the copy engine cannot read as it lies is copied first. Returns what
+    is read in their place, whose memory must be given to no launch that begins while this one runs.
     """
     (M, I), J, R, slices = left.shape, right.shape[1], len(factor), len(enable_lora)
     transposed = right.stride(1) != 1
@@ -239,3 +240,4 @@ def extended(
     }
     facts = (tile, transposed, first_tile, followed, input_precision(left.dtype), *enable_lora)
     launch(_extended_kernel, tensors, facts, arguments, {"out_ptr": out}, described)
+    return panel, factor

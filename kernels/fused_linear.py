@@ -146,15 +146,20 @@ def _fused_linear(
     out: Tensor,
     tile: LinearTile | None = None,
     first_tile: int = 0,
-    followed: bool = False,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
-    """out [M, J], computed from its first_tile on, in the order of `place`."""
+    """out [M, J], computed from its first_tile on, in the order of `place`; held: as for `grad_input`."""
     (M, I), J, R = left.shape, right.shape[1], len(factor)
     if out.numel() == 0:
         return out
     tile = tile or tiles_for(left.device, left.dtype, I, J).linear
     if extended.takes(left, right, out, R, len(enable_lora), bits, tile):
-        extended.extended(left, right, panel, factor, bias, bits, enable_lora, out, tile, first_tile, followed=followed)
+        followed = held is not None
+        read = extended.extended(
+            left, right, panel, factor, bias, bits, enable_lora, out, tile, first_tile, followed=followed
+        )
+        if held is not None:
+            held += read
         return out
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
@@ -223,11 +228,18 @@ def later_tiles(
 
 
 def grad_input(
-    dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, bits: Tensor | None, *, followed: bool = False
+    dy: Tensor,
+    weight: Tensor,
+    dyb: Tensor,
+    lora_A: Tensor,
+    bits: Tensor | None,
+    *,
+    held: list[Tensor] | None = None,
 ) -> Tensor:
     """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K].
 
-    followed: the next launch may begin while this one runs, and must not read dx, nor end before it.
+    held: if given, the next launch may begin while this one runs, and must not read dx, nor end before it. Copies that
+    this one reads are added, to live until all memory of that launch is allocated, which else could be theirs.
     """
     dx = dy.new_empty((len(dy), weight.shape[1]))
-    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dx, followed=followed)
+    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dx, held=held)

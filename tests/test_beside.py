@@ -1,4 +1,4 @@
-"""What begins while dx's GEMM runs: which launches, in which order, and that they change no bit."""
+"""What begins while the launch before runs: which launches, in which order, and that they change no bit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
@@ -18,10 +19,13 @@ from fused_lora.kernels import launch as module
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def problem(rows: int, N: int, K: int, r: int, device: str, masked: bool = False) -> dict[str, Any]:
-    """All that backward takes, in bfloat16."""
+def problem(
+    rows: int, N: int, K: int, r: int, device: str, masked: bool = False, adapter_dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """All that backward takes, in bfloat16 but for the adapters."""
     sizes = {"dy": (rows, N), "x": (rows, K), "weight": (N, K), "lora_A": (r, K), "lora_B": (N, r), "xa": (rows, r)}
     tensors = {name: torch.randn(*size, device=device).bfloat16() for name, size in sizes.items()}
+    tensors |= {name: tensors[name].to(adapter_dtype) for name in ("lora_A", "lora_B")}
     bits = torch.randint(0, 256, (rows, -(-K // 8)), dtype=torch.uint8, device=device) if masked else None
     return tensors | {"bits": bits, "scaling": 0.5, "dtype": torch.float32, "enable_lora": (True,)}
 
@@ -44,53 +48,66 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
         self.told: list[str] = []
+        self.read_beside: list[StorageWeakRef] = []
         for launcher in (adapter_grad, extended, fused_linear, panel, reduce):
             monkeypatch.setattr(launcher, "launch", self)
         # Triton's interpreter knows neither instruction.
-        for launcher, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (extended, BEGIN)):
+        for launcher, name in ((adapter_grad, WAIT), (reduce, WAIT), (adapter_grad, BEGIN), (extended, BEGIN)):
             monkeypatch.setattr(launcher, name, lambda name=name: self.told.append(name))
 
     def __call__(self, kernel, tensors, facts, arguments, made=None, descriptors=None) -> None:
         grid, others = arguments()
         followed, beside = others.get("FOLLOWED", False), others.get("BESIDE", False)
         assert others.get("launch_pdl", False) == beside
-        self.seen.append(
-            kernel.fn.__name__.strip("_").removesuffix("_kernel") + " followed" * followed + " beside" * beside
-        )
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        self.seen.append(name + " followed" * followed + " beside" * beside)
         self.told.clear()
+        # What may still be read is not free for what begins beside it to be allocated there.
+        assert not any(storage.expired() for storage in self.read_beside if beside)
+        if not beside:
+            self.read_beside = [StorageWeakRef(t.untyped_storage()) for t in tensors.values() if t is not None]
         module.launch(kernel, tensors, facts, arguments, made or {}, descriptors or {})
-        # Every program lets the next launch begin, one program waits for the one before.
-        assert self.told.count(BEGIN) == (math.prod(grid) if followed or beside else 0)
-        assert self.told.count("gdc_wait") == beside
+        # Every program lets the next launch begin; all of a sum's wait for the one before, of others one.
+        assert self.told.count(BEGIN) == (math.prod(grid) if followed else 0)
+        assert self.told.count(WAIT) == (math.prod(grid) if beside and name == "reduce" else beside)
 
 
-BEGIN = "gdc_launch_dependents"
+BEGIN, WAIT = "gdc_launch_dependents", "gdc_wait"
 # Of more ranks than that, db is a read of dy by itself.
 FEW, MANY = adapter_grad.FUSED_RANK, adapter_grad.FUSED_RANK + 1
-BOTH = ["extended followed", "adapter_grad beside", "adapter_grad beside", "reduce"]
+AT_ONCE = ["adapter_grad followed", "reduce beside"]
+BESIDE = "adapter_grad followed beside"
+ONE = ["extended followed", BESIDE, "reduce beside"]
+BOTH = ["extended followed", BESIDE, BESIDE, "reduce beside"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 @pytest.mark.parametrize(
     ("r", "left_out", "expected"),
     [
-        (FEW, "", ["adapter_grad", "reduce", "extended followed", "adapter_grad beside", "reduce"]),
+        (FEW, "", [*AT_ONCE, *ONE]),
         (MANY, "", ["panel", *BOTH]),
-        (FEW, "x", ["adapter_grad", "reduce", "extended"]),
-        (MANY, "x", ["panel", "extended followed", "adapter_grad beside", "reduce"]),
-        (FEW, "xa", ["panel", "extended followed", "adapter_grad beside", "reduce"]),
+        (FEW, "x", [*AT_ONCE, "extended"]),
+        (MANY, "x", ["panel", *ONE]),
+        (FEW, "xa", ["panel", *ONE]),
         (MANY, "x xa", ["panel", "extended"]),
-        (FEW, "weight lora_A", ["adapter_grad", "reduce", "adapter_grad", "reduce"]),
+        (FEW, "weight lora_A", [*AT_ONCE, "adapter_grad", "reduce"]),
         (MANY, "weight lora_A", ["panel", "adapter_grad", "adapter_grad", "reduce"]),
         (MANY, "weight lora_A lora_B x", ["adapter_grad", "reduce"]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_what_begins_beside_dx(
-    monkeypatch: pytest.MonkeyPatch, r: int, left_out: str, expected: list[str], masked: bool
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_begins_beside_what(
+    monkeypatch: pytest.MonkeyPatch,
+    r: int,
+    left_out: str,
+    expected: list[str],
+    masked: bool,
+    adapter_dtype: torch.dtype,
 ) -> None:
-    given = problem(50, 40, 72, r, "cpu", masked) | dict.fromkeys(left_out.split())
+    given = problem(50, 40, 72, r, "cpu", masked, adapter_dtype) | dict.fromkeys(left_out.split())
     alone = backward(monkeypatch, given, False)
     if given["xa"] is not None:
         exact = given["dy"].double().T @ given["xa"].double()
@@ -107,13 +124,13 @@ def test_what_begins_beside_dx(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 @pytest.mark.parametrize("sizes", [(0, 40, 72), (50, 0, 72), (50, 40, 0)], ids=str)
 @pytest.mark.parametrize("r", [FEW, MANY])
-def test_nothing_begins_beside_what_is_not_launched(
+def test_nothing_begins_beside_a_dx_that_is_not_launched(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int
 ) -> None:
     given = problem(*sizes, r, "cpu")
     launches = Launches(monkeypatch)
     backward(monkeypatch, given, True)
-    assert not [name for name in launches.seen if " " in name]
+    assert not {"extended followed", BESIDE} & set(launches.seen)
 
 
 def test_where_kernels_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,15 +143,20 @@ def test_where_kernels_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("r", [16, 64, 128])
+# Of the last, dx reads copies.
+@pytest.mark.parametrize(
+    ("r", "adapter_dtype"),
+    [(16, torch.bfloat16), (64, torch.bfloat16), (128, torch.bfloat16), (4, torch.float32)],
+    ids=str,
+)
 # The first: dx takes a hundred times as long as what begins beside it, and no sum comes after that.
 @pytest.mark.parametrize("sizes", [(128, 65536, 4096), (8192, 1024, 4096), (4096, 4096, 14336)], ids=str)
 def test_the_same_bits_as_one_after_another(
-    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int, masked: bool
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int, adapter_dtype: torch.dtype, masked: bool
 ) -> None:
     if not config.overlaps(torch.device("cuda")):
         pytest.skip("kernels do not overlap on this GPU")
-    given = problem(*sizes, r, "cuda", masked)
+    given = problem(*sizes, r, "cuda", masked, adapter_dtype)
     alone = backward(monkeypatch, given, False)
 
     def step() -> Gradients:

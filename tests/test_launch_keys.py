@@ -100,7 +100,7 @@ def linear(
         torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
-BEGIN = "gdc_launch_dependents"
+BEGIN, WAIT = "gdc_launch_dependents", "gdc_wait"
 SINGLE, HALF = (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)
 MIXED = (torch.bfloat16, torch.float32)
 
@@ -127,7 +127,7 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
             for r, scaling in ((4, 0.5), (4, 0.5), (5, 0.5), (4, 0.25)):
                 linear(rows, r, dtypes, "", 0.0, (True,), scaling, K=48, N=N)
         # What begins while dx's GEMM runs is another kernel. Triton's interpreter knows neither of its instructions.
-        for where, name in ((adapter_grad, "gdc_wait"), (adapter_grad, BEGIN), (extended, BEGIN)):
+        for where, name in ((adapter_grad, WAIT), (reduce, WAIT), (adapter_grad, BEGIN), (extended, BEGIN)):
             monkeypatch.setattr(where, name, lambda: None)
         for overlaps, r, wanted in product((False, True), (4, 40), ("xA", "xAB")):
             monkeypatch.setattr(fused, "overlaps", lambda device, overlaps=overlaps: overlaps)
