@@ -25,6 +25,7 @@ SURVIVED, BROKEN = "SURVIVED", "BROKEN"
 DROPOUT = "kernels/_dropout.py"
 PANEL = "kernels/panel.py"
 LINEAR = "kernels/fused_linear.py"
+EXTENDED = "kernels/extended.py"
 PLACE = "kernels/_place.py"
 ADAPTER = "kernels/adapter_grad.py"
 REDUCE = "kernels/reduce.py"
@@ -83,7 +84,9 @@ ANEW = ("tests/test_merged_inference.py",)
 ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
 BESIDE = ("tests/test_beside.py",)
-ROOM = ("tests/test_kernels.py", "-k", "what_there_is_room_for")
+OVER_RANKS = ("tests/test_extended.py",)
+COPIED = ("tests/test_extended.py", "-k", "copied")
+LEFT = ("tests/test_extended.py", "-k", "left")
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_first_tiles.py",)
 CHOICE = ("tests/test_dispatch.py",)
@@ -118,7 +121,8 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("dx followed unsaid", FUSED, "followed=beside", "followed=False", BESIDE),
+    Mutant("dx followed unsaid", FUSED, "held=held if beside else None", "held=None", BESIDE),
+    Mutant("memory given away while it is read", LINEAR, "            held += read", "            pass", BESIDE),
     Mutant("beside an empty dx", FUSED, " and dy.numel() * weight.numel() > 0", "", BESIDE),
     Mutant("db alone not beside dx", FUSED, "not (x is None and later_xa is None)", "x is not None", BESIDE),
     Mutant("overlapping on any new GPU", CONFIG, "in (90, 100)", ">= 90", BESIDE),
@@ -134,16 +138,40 @@ MUTANTS = (
     Mutant(
         "one key for launches alone and beside",
         ADAPTER,
-        "transposed, beside, grad.dtype",
+        "transposed, beside, followed, grad.dtype",
         "transposed, grad.dtype",
         KEYS,
     ),
-    Mutant("one key for dx alone and followed", LINEAR, "column_first, followed, input", "column_first, input", KEYS),
+    Mutant("one key for dx alone and followed", EXTENDED, "first_tile, followed, input", "first_tile, input", KEYS),
+    Mutant("one key for sums alone and beside", REDUCE, "dtype, beside, None", "dtype, None", KEYS),
+    Mutant("a sum that waits for nothing", REDUCE, "        gdc_wait()", "        pass", BESIDE),
+    Mutant("a sum not told to begin early", REDUCE, "launch_pdl=beside", "launch_pdl=False", BESIDE),
+    Mutant("a sum let in by nobody", ADAPTER, "followed=overlaps)", "followed=False)", BESIDE),
     Mutant("da summed for db", ADAPTER, "1.0, (partial_db, dtype)", "1.0, (partial_da, dtype)", BESIDE),
-    Mutant("wide pieces of float32 factors", LINEAR, "and factor.element_size() == 2 ", "", ROOM),
-    Mutant("more than fits in shared memory", LINEAR, "<= SHARED_BYTES", "> 0", ROOM),
-    Mutant("more pieces than registers", LINEAR, "stored and pieces <= tile.rank_pieces", "stored", ROOM),
-    Mutant("no low-rank product after the loop", LINEAR, "tl.minimum(M, 1)", "0", TRITON),
+    Mutant("ranks past the first step", EXTENDED, "rank_steps = cdiv(R, tile.block_i)", "rank_steps = 1", OVER_RANKS),
+    Mutant(
+        "a mask on more than the ranks", EXTENDED, "if step == RANK_STEPS - 1:", "if step == RANK_STEPS:", OVER_RANKS
+    ),
+    Mutant("a tile under another's mask", EXTENDED, "tile + programs, bits_ptr", "tile, bits_ptr", OVER_RANKS),
+    Mutant(
+        "a tile that goes on from the one before",
+        EXTENDED,
+        "                acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)\n        else:",
+        "        else:",
+        OVER_RANKS,
+    ),
+    Mutant(
+        "a program's first tile only", EXTENDED, "tl.cdiv(tiles - first_tile, programs) * STEPS", "STEPS", OVER_RANKS
+    ),
+    Mutant("ranks of a slice without", EXTENDED, "(ENABLED >> of_tile) % 2 == 0, R, 0", "R < 0, R, 0", OVER_RANKS),
+    Mutant("lora_B of the slice's place", EXTENDED, "column += (slice - of_tile) * WIDTH", "column += 0", OVER_RANKS),
+    Mutant("a GEMM without bias", EXTENDED, "if bias_ptr is not None:", "if False:", OVER_RANKS),
+    Mutant("pieces in one place", EXTENDED, "first_column + COLUMNS // 2, J", "first_column, J", OVER_RANKS),
+    Mutant("another dtype read as it lies", EXTENDED, "operand.dtype == like.dtype and ", "", COPIED),
+    Mutant("rows read at any address", EXTENDED, " and describable(operand)", "", COPIED),
+    Mutant("slices that tiles cross", EXTENDED, "slices % tile.block_j == 0", "slices > 0", LEFT),
+    Mutant("slices of any rank", EXTENDED, "% ALIGNMENT_BYTES == 0", ">= 0", LEFT),
+    Mutant("a mask without registers", EXTENDED, "(bits is None or tile.extends_masked)", "True", LEFT),
     Mutant("first wave without room", FIRST_WAVE, "<= -tiles % processors", "<= processors", FIRST_OF_WAVES),
     Mutant("first wave of any rows", FIRST_WAVE, "rows % tile.block_m == 0 and ", "", FIRST_OF_WAVES),
     Mutant("first wave of any ranks", FIRST_WAVE, "ranks % RANK_STEP != 0", "False", FIRST_OF_WAVES),
@@ -167,16 +195,9 @@ MUTANTS = (
     Mutant("first tiles without bias", FIRST_TILES, "if bias_ptr is not None:", "if False:", WITH_PANEL),
     Mutant("first tiles of one slice", FIRST_TILES, "own_ranks = ranks - e * R", "own_ranks = ranks", WITH_PANEL),
     Mutant("first tiles past their slice", FIRST_TILES, " & in_slice[None, :]", "", WITH_PANEL),
-    Mutant(
-        "a tile between first and later ones",
-        FIRST_TILES,
-        "out, _later(tile), programs, True)",
-        "out, _later(tile), programs + 1, True)",
-        WITH_PANEL,
-    ),
     Mutant("first tiles of any strides", FIRST_TILES, "and describable(x)", "and True", WITH_PANEL),
     Mutant("first tiles for any ranks", DISPATCH, "ranks <= first_tiles.MOST_RANKS", "True", CHOICE),
-    Mutant("first tiles for any size", FIRST_TILES, "outputs <= FEW_OUTPUTS", "True", WITH_PANEL),
+    Mutant("first tiles for any size", FIRST_TILES, " or outputs > MOST_OUTPUTS", "", WITH_PANEL),
     Mutant("one launch for any last wave", DISPATCH, ">= _BUSY", ">= 0", CHOICE),
     Mutant("one launch for any size", DISPATCH, "rows * out_features >= _TOO_MUCH_DECODED", "False", CHOICE),
     Mutant("panels 2 % too large", PANEL, "(acc * scale).to", "(acc * scale * 1.02).to", TRITON),
@@ -229,7 +250,13 @@ MUTANTS = (
     Mutant("no mask in dx", REFERENCE, "_kept(dyb @ lora_A.to(dy.dtype), bits)", "dyb @ lora_A.to(dy.dtype)", TORCH),
     Mutant("no mask in da", REFERENCE, "_kept(x, bits).to(dtype)", "x.to(dtype)", TORCH),
     Mutant("no 1/q in xa", REFERENCE, "scaling * inverse_q)", "scaling)", TORCH),
-    Mutant("da halved", ADAPTER, "return reduce(partials, dtype)[0]", "return reduce(partials, dtype, 0.5)[0]", TRITON),
+    Mutant(
+        "da halved",
+        ADAPTER,
+        "return reduce(partials, dtype, beside=beside)[0]",
+        "return reduce(partials, dtype, 0.5)[0]",
+        TRITON,
+    ),
     Mutant("da halved", REFERENCE, "return dyb.T.to(dtype) @", "return 0.5 * dyb.T.to(dtype) @", TORCH),
     Mutant("dB 2 % too large", REDUCE, "other_out_ptr, 1.0,", "other_out_ptr, 1.02,", TRITON),
     Mutant("db of unscaled xa", REFERENCE, "panels = xa.to(dtype)", "panels = (xa.to(dtype) / scaling)", TORCH),
@@ -518,7 +545,13 @@ MUTANTS = (
         "if rows < 0:",
         ONE_LAUNCH_PATH,
     ),
-    Mutant("a plan for every dtype", REDUCE, "(scale, dtype, None if other is None else other[1])", "(scale,)", KEYS),
+    Mutant(
+        "a plan for every dtype",
+        REDUCE,
+        "(scale, dtype, beside, None if other is None else other[1])",
+        "(scale,)",
+        KEYS,
+    ),
     Mutant(
         "a plan for every scaling", PANEL, "facts = (tile, precision, scale, *", "facts = (tile, precision, *", KEYS
     ),
