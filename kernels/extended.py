@@ -92,9 +92,7 @@ def _extended_kernel(
     step = STEPS - 1
     acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     if bits_ptr is not None:
-        words = _words_of(
-            first_tile, bits_ptr, stride_bm, WORD, M, J, BLOCK_M, BLOCK_J, GROUP_M
-        )  # fmt: skip
+        words = _words_of(first_tile, bits_ptr, stride_bm, WORD, M, J, BLOCK_M, BLOCK_J, GROUP_M)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(J, BLOCK_J)
     for _ in range(0, tl.cdiv(tiles - first_tile, programs) * STEPS):
         step = tl.where(step == STEPS - 1, 0, step + 1)
@@ -136,9 +134,7 @@ def _extended_kernel(
         else:
             if step == RANK_STEPS - 1:
                 acc = tl.where(unpacked_in_pairs(words, BLOCK_M, BLOCK_J), acc, 0.0)
-                words = _words_of(
-                    tile + programs, bits_ptr, stride_bm, WORD, M, J, BLOCK_M, BLOCK_J, GROUP_M
-                )  # fmt: skip
+                words = _words_of(tile + programs, bits_ptr, stride_bm, WORD, M, J, BLOCK_M, BLOCK_J, GROUP_M)
             elif step == STEPS - 1:
                 _store(acc, bias_ptr, stride_bias, out_ptr, tile_m * BLOCK_M, tile_j * BLOCK_J, J, PIECES)
                 acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
@@ -222,13 +218,29 @@ def extended(
         tiles = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
         return (min(tiles, processors(left.device)),), dict(
             **strides("bias", bias),
-            **strides("bm", bits), WORD=word_of(bits, tile.block_j),
-            M=M, J=J, I=I, R=R, STEPS=cdiv(I, tile.block_i) + rank_steps, RANK_STEPS=rank_steps, first_tile=first_tile,
-            WIDTH=J // slices, **slice_arguments(enable_lora),
-            BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, GROUP_M=GROUP_M,
-            TRANSPOSED=transposed, PIECES=pieces, PRECISION=input_precision(left.dtype),
-            FOLLOWED=followed, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+            **strides("bm", bits),
+            WORD=word_of(bits, tile.block_j),
+            M=M,
+            J=J,
+            I=I,
+            R=R,
+            STEPS=cdiv(I, tile.block_i) + rank_steps,
+            RANK_STEPS=rank_steps,
+            first_tile=first_tile,
+            WIDTH=J // slices,
+            **slice_arguments(enable_lora),
+            BLOCK_M=tile.block_m,
+            BLOCK_J=tile.block_j,
+            BLOCK_I=tile.block_i,
+            GROUP_M=GROUP_M,
+            TRANSPOSED=transposed,
+            PIECES=pieces,
+            PRECISION=input_precision(left.dtype),
+            FOLLOWED=followed,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
 
     tensors = {
         "left_ptr": left,

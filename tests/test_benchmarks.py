@@ -302,6 +302,22 @@ def test_model_trains_every_candidate(common: list[str], tmp_path: Path, model: 
     assert text.count("met |") + text.count("MISSED |") == 6
 
 
+def test_what_is_compiled_is_held_against_what_is(model: Any) -> None:
+    times = {"frozen": 2.0, "frozen, compiled": 1.0, "PEFT, bfloat16 adapters, compiled": 3.0}
+    times |= {"fused_lora, bfloat16 adapters": 2.4, "fused_lora, bfloat16 adapters, compiled": 1.5}
+    results = Results("", {})
+    results.records += [{"candidate": name, "ms": ms, "peak_bytes": None, "path": ""} for name, ms in times.items()]
+    model.add_findings(results, 8)
+    verdicts = [line.split(" | ")[1:4] for line in results.sections[1].splitlines()[2:]]
+    best = "speed over the best of PEFT (PEFT, bfloat16 adapters, compiled)"
+    assert verdicts == [
+        ["time over that of: frozen", "1.200", "≤ 1.10"],
+        [best, "1.250", "≥ 1.05"],
+        ["time over that of: frozen, compiled", "1.500", "≤ 1.10"],
+        [best, "2.000", "≥ 1.05"],
+    ]
+
+
 def test_model_compiles(common: list[str], tmp_path: Path, model: Any) -> None:
     model.main([*common, *MODEL, "--compile-backend", "aot_eager", "--only", "PEFT, bfloat16 adapters, compiled"])
     records, _ = written(tmp_path, "model")
