@@ -218,29 +218,13 @@ def extended(
         tiles = cdiv(M, tile.block_m) * cdiv(J, tile.block_j) - first_tile
         return (min(tiles, processors(left.device)),), dict(
             **strides("bias", bias),
-            **strides("bm", bits),
-            WORD=word_of(bits, tile.block_j),
-            M=M,
-            J=J,
-            I=I,
-            R=R,
-            STEPS=cdiv(I, tile.block_i) + rank_steps,
-            RANK_STEPS=rank_steps,
-            first_tile=first_tile,
-            WIDTH=J // slices,
-            **slice_arguments(enable_lora),
-            BLOCK_M=tile.block_m,
-            BLOCK_J=tile.block_j,
-            BLOCK_I=tile.block_i,
-            GROUP_M=GROUP_M,
-            TRANSPOSED=transposed,
-            PIECES=pieces,
-            PRECISION=input_precision(left.dtype),
-            FOLLOWED=followed,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=True,
-        )
+            **strides("bm", bits), WORD=word_of(bits, tile.block_j),
+            M=M, J=J, I=I, R=R, STEPS=cdiv(I, tile.block_i) + rank_steps, RANK_STEPS=rank_steps, first_tile=first_tile,
+            WIDTH=J // slices, **slice_arguments(enable_lora),
+            BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, GROUP_M=GROUP_M,
+            TRANSPOSED=transposed, PIECES=pieces, PRECISION=input_precision(left.dtype),
+            FOLLOWED=followed, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
     tensors = {
         "left_ptr": left,
