@@ -85,6 +85,7 @@ ONE_LAUNCH = ("tests/test_decode.py",)
 ONE_LAUNCH_PATH = ("tests/test_decode_path.py", "tests/test_decode_tiles.py", "tests/test_dispatch.py")
 BESIDE = ("tests/test_beside.py",)
 OVER_RANKS = ("tests/test_extended.py",)
+CROSSED = ("tests/test_extended.py", "-k", "cross")
 COPIED = ("tests/test_extended.py", "-k", "copied")
 LEFT = ("tests/test_extended.py", "-k", "left")
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
@@ -393,7 +394,10 @@ MUTANTS = (
         LINEAR,
         "range(0, I, BLOCK_I):\n            left = left_ptr",
         "range(0, I - BLOCK_I, BLOCK_I):\n            left = left_ptr",
-        TRITON,
+        CROSSED,
+    ),
+    Mutant(
+        "last step of K skipped", EXTENDED, "STEPS=cdiv(I, tile.block_i) +", "STEPS=I // tile.block_i +", OVER_RANKS
     ),
     Mutant(
         "last tile of K skipped, by pointer",

@@ -119,6 +119,15 @@ def test_slices_of_whole_tiles(pattern: tuple[bool, ...], r: int, dtypes: str, d
     check(forward(150, 40, width * len(pattern), r, dtypes, pattern, device))
 
 
+@pytest.mark.parametrize("pattern", [(True, False, True), (False, True), (True, True, False)], ids=str)
+@pytest.mark.parametrize("inner", [40, 64])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_slices_that_tiles_cross(pattern: tuple[bool, ...], inner: int, dtypes: str, device: str) -> None:
+    """The other kernel, whose main loop the copy engine feeds here too."""
+    t = forward(150, inner, 72 * len(pattern), 24, dtypes, pattern, device)
+    assert torch.equal(check(t), check(t | {"weight": t["weight"].T.contiguous().T}))
+
+
 @pytest.mark.parametrize("poisoned", ["xa", "lora_B"])
 @pytest.mark.parametrize("slice", [0, 1])
 def test_what_is_not_finite_stays_in_its_slice(poisoned: str, slice: int, device: str) -> None:

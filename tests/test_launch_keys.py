@@ -131,7 +131,7 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
             monkeypatch.setattr(where, name, lambda: None)
         for overlaps, r, wanted in product((False, True), (4, 40), ("xA", "xAB")):
             monkeypatch.setattr(fused, "overlaps", lambda device, overlaps=overlaps: overlaps)
-            linear(70, r, HALF, wanted, 0.5, (True,), 0.5)
+            linear(70, r, HALF, wanted, 0.5, (True,), 0.5, N=40)
     for dtype, adapter_dtype in (SINGLE, HALF, MIXED):
         with fused_lora.use_backend("triton"):
             for tokens, r in ((5, 4), (5, 4), (6, 4), (5, 3)):
