@@ -63,7 +63,7 @@ _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
 _ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
 _FEW_DECODED_ROWS = Choice("decode", "one launch takes less time for few rows")
 _DECODED_ALONE = Choice("decode", "one launch takes less time where no gradient is wanted")
-_FEW_OUTPUTS = Choice("triton", "the panel comes with the first tiles of few outputs")
+_FEW_OUTPUTS = Choice("triton", "outputs are so few that each tile computes its own panel")
 _ASKED_TO_DECODE = Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
 _INVARIANT = Choice("batch_invariant", "batch_invariant() is in force")
 
@@ -222,10 +222,10 @@ def choose_forward(
         return _ASKED_TO_DECODE
     if drops or torch.cuda.get_device_capability(device) != (9, 0):
         return _FEW_DECODED_ROWS if rows <= _FEW_DECODED else choice
-    from .kernels import decode_tiles, first_tiles, first_wave
+    from .kernels import decode_tiles, first_wave, own_panel
 
     sizes = rows, in_features, out_features
-    if ranks <= first_tiles.MOST_RANKS and first_tiles.first_tile(device, dtype, *sizes):
+    if ranks <= own_panel.MOST_RANKS and own_panel.tile_of(device, dtype, *sizes):
         return _FEW_OUTPUTS
     if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice

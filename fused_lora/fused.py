@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_tiles, first_wave, fused_linear, low_rank_update, panel
+from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, own_panel, panel
 from .kernels.config import overlaps
 from .reference import Dropout
 
@@ -36,9 +36,9 @@ def forward(
     """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
     with on(x):
         if dropout is None:
-            tile = first_tiles.first_tile(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
-            if tile is not None and first_tiles.takes(x, weight, lora_A):
-                return *first_tiles.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
+            tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
+            if tile is not None and own_panel.takes(x, weight, lora_A):
+                return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
             if first_wave.takes(x, weight, lora_A):
                 return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
         xa, bits = panel.panel(x, lora_A.T, scaling, dropout)

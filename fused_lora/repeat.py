@@ -94,9 +94,9 @@ def remember(
 
         call = decoding.again(x, weight, bias, lora_A, lora_B, scaling, enable_lora)
     elif path == "triton":
-        from .kernels import first_tiles
+        from .kernels import own_panel
 
-        call = first_tiles.forward_again(x, weight, bias, lora_A, lora_B, scaling, enable_lora)
+        call = own_panel.forward_again(x, weight, bias, lora_A, lora_B, scaling, enable_lora)
     _keep(key, call)
 
 

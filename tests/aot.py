@@ -27,13 +27,13 @@ from fused_lora.kernels import (
     adapter_grad,
     config,
     decode_tiles,
-    first_tiles,
     first_wave,
     fused_linear,
     launch,
     lookup,
     low_rank_update,
     mask,
+    own_panel,
     panel,
 )
 from fused_lora.reference import Dropout
@@ -100,13 +100,13 @@ CASES = [
 ]
 
 
-# A forward whose first tiles compute the panel, with every tile of theirs.
-FIRST_TILES = [
-    *(Case("bfloat16", adapter, r, shape=(m, 4096, 1024)) for m in (1024, 2048, 8192)
+# A forward whose tiles each compute their panel, with every tile of the tables.
+OWN_PANEL = [
+    *(Case("bfloat16", adapter, r, shape=(m, 4096, 1024)) for m in (1024, 2048)
       for adapter, r in (("bfloat16", 16), ("float32", 16), ("bfloat16", 64), ("float32", 64))),
-    Case("float16", "float16", 16, shape=(8192, 4096, 1024), fan_in_fan_out=True),
+    Case("float16", "float16", 16, shape=(2048, 4096, 1024), fan_in_fan_out=True),
     Case("bfloat16", "bfloat16", 8, shape=(2048, 4096, 1008), enable_lora=(True, False, True)),
-    Case("bfloat16", "bfloat16", 1, shape=(8192, 4096, 1008), enable_lora=(True, True, True)),
+    Case("bfloat16", "bfloat16", 1, shape=(2048, 4096, 1008), enable_lora=(True, True, True)),
 ]  # fmt: skip
 
 # A forward whose panel comes with the first of several waves of tiles.
@@ -157,13 +157,13 @@ def decode_tile_as_on_a_gpu(
     return decode_tiles.decode_tile(torch.device("cuda", 0), *arguments, **options)
 
 
-def first_tile_as_on_a_gpu(capability: int, device: torch.device, *arguments: Any) -> config.LinearTile | None:
-    first_tiles.capability = lambda device: capability
-    first_tiles.processors = lambda device: 132
-    return FIRST_TILE(torch.device("cuda", 0), *arguments)
+def own_panel_tile_as_on_a_gpu(capability: int, device: torch.device, *arguments: Any) -> config.LinearTile | None:
+    own_panel.capability = lambda device: capability
+    own_panel.processors = lambda device: 132
+    return TILE_OF(torch.device("cuda", 0), *arguments)
 
 
-FIRST_TILE = first_tiles.first_tile
+TILE_OF = own_panel.tile_of
 
 
 def assembler_report(ptx: str, capability: int) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def main(capability: int) -> None:
     for module in (first_wave, fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
     fused.overlaps = lambda device: capability in (90, 100)
-    first_tiles.first_tile = partial(first_tile_as_on_a_gpu, capability)
+    own_panel.tile_of = partial(own_panel_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
     # Nothing is to be launched again.
     launch.CompiledKernel = ()
@@ -267,9 +267,9 @@ def main(capability: int) -> None:
     for case in DECODED:
         current[0] = case
         compile_decode(case)
-    for case in FIRST_TILES:
+    for case in OWN_PANEL:
         current[0] = case
-        if first_tiles.first_tile(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
+        if own_panel.tile_of(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
             x, weight, bias, lora_A, lora_B = tensors_of(case)
             fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
     # Tiles that leave no room for all that the table's do.

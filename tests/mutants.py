@@ -47,7 +47,7 @@ DECODE = "kernels/decode.py"
 DECODE_TILES = "kernels/decode_tiles.py"
 DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
-FIRST_TILES = "kernels/first_tiles.py"
+OWN_PANEL = "kernels/own_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
 FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
@@ -89,7 +89,7 @@ CROSSED = ("tests/test_extended.py", "-k", "cross")
 COPIED = ("tests/test_extended.py", "-k", "copied")
 LEFT = ("tests/test_extended.py", "-k", "left")
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
-WITH_PANEL = ("tests/test_first_tiles.py",)
+WITH_PANEL = ("tests/test_own_panel.py",)
 CHOICE = ("tests/test_dispatch.py",)
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
@@ -190,15 +190,15 @@ MUTANTS = (
     ),
     Mutant("one launch for whole waves", DISPATCH, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES", "False", CHOICE),
     Mutant("whole waves for few rows", DISPATCH, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and ", "", CHOICE),
-    Mutant("first tiles without the scale", FIRST_TILES, "(sums * scale)", "sums", WITH_PANEL),
-    Mutant("first tiles without the panel", FIRST_TILES, "quarters[quarter] + update", "quarters[quarter]", WITH_PANEL),
-    Mutant("first tiles keep another's panel", FIRST_TILES, "if tile_n == 0:", "if tile_m == 0:", WITH_PANEL),
-    Mutant("first tiles without bias", FIRST_TILES, "if bias_ptr is not None:", "if False:", WITH_PANEL),
-    Mutant("first tiles of one slice", FIRST_TILES, "own_ranks = ranks - e * R", "own_ranks = ranks", WITH_PANEL),
-    Mutant("first tiles past their slice", FIRST_TILES, " & in_slice[None, :]", "", WITH_PANEL),
-    Mutant("first tiles of any strides", FIRST_TILES, "and describable(x)", "and True", WITH_PANEL),
-    Mutant("first tiles for any ranks", DISPATCH, "ranks <= first_tiles.MOST_RANKS", "True", CHOICE),
-    Mutant("first tiles for any size", FIRST_TILES, " or outputs > MOST_OUTPUTS", "", WITH_PANEL),
+    Mutant("tiles with a panel without the scale", OWN_PANEL, "(sums * scale)", "sums", WITH_PANEL),
+    Mutant("tiles without their panel", OWN_PANEL, "quarters[quarter] + update", "quarters[quarter]", WITH_PANEL),
+    Mutant("tiles with a panel keep another's panel", OWN_PANEL, "if tile_n == 0:", "if tile_m == 0:", WITH_PANEL),
+    Mutant("tiles with a panel without bias", OWN_PANEL, "if bias_ptr is not None:", "if False:", WITH_PANEL),
+    Mutant("tiles with a panel of one slice", OWN_PANEL, "own_ranks = ranks - e * R", "own_ranks = ranks", WITH_PANEL),
+    Mutant("tiles with a panel past their slice", OWN_PANEL, " & in_slice[None, :]", "", WITH_PANEL),
+    Mutant("tiles with a panel of any strides", OWN_PANEL, "and describable(x)", "and True", WITH_PANEL),
+    Mutant("tiles with a panel for any ranks", DISPATCH, "ranks <= own_panel.MOST_RANKS", "True", CHOICE),
+    Mutant("tiles with a panel for any size", OWN_PANEL, " or outputs > MOST_OUTPUTS", "", WITH_PANEL),
     Mutant("one launch for any last wave", DISPATCH, ">= _BUSY", ">= 0", CHOICE),
     Mutant("one launch for any size", DISPATCH, "rows * out_features >= _TOO_MUCH_DECODED", "False", CHOICE),
     Mutant("panels 2 % too large", PANEL, "(acc * scale).to", "(acc * scale * 1.02).to", TRITON),

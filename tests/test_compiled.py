@@ -38,7 +38,7 @@ def budget_violations(capability: int, report: dict[str, Any]) -> list[str]:
             violations.append(f"multiplies IEEE float32 by {matrix}")
         if report["dtype"] != "float32" and not matrix:
             violations.append("has no matrix instruction")
-    of_many_rows = kernel in ("_extended_kernel", "_fused_linear_kernel", "_first_tiles_kernel")
+    of_many_rows = kernel in ("_extended_kernel", "_fused_linear_kernel", "_own_panel_kernel")
     if (of_many_rows or kernel == "decode_kernel") and report["regular"]:
         if report["serialised"]:
             violations.append("has its matrix instructions serialised by ptxas")
@@ -56,7 +56,7 @@ def test_every_kernel_compiles_within_its_budget(capability: int) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]
     kernels = {"decode", "few_rows_grad", "fused_linear", "panel", "adapter_grad", "low_rank_update", "reduce", "mask"}
-    kernels |= {90: {"extended", "first_tiles"}, 100: {"extended"}}.get(capability, set())
+    kernels |= {90: {"extended", "own_panel"}, 100: {"extended"}}.get(capability, set())
     assert {report["kernel"].lstrip("_") for report in reports} == {f"{name}_kernel" for name in kernels}
     complaints = [
         f"{report['kernel']} {violation} for {report['case']}"

@@ -138,9 +138,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
-    from fused_lora.kernels import decode_tiles, first_tiles, first_wave
+    from fused_lora.kernels import decode_tiles, first_wave, own_panel
 
-    for tables in (decode_tiles, first_tiles, first_wave):
+    for tables in (decode_tiles, own_panel, first_wave):
         monkeypatch.setattr(tables, "capability", lambda device: 90)
         monkeypatch.setattr(tables, "processors", lambda device: 132)
     forget()
@@ -178,7 +178,7 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
         (HALF, 512, 4096, 12288): "unfused",
         (HALF, 512, 4096, 14336): "decode",
         (HALF, 2048, 4096, 2048): "triton",
-        # Few outputs, whose panel comes with the first tiles.
+        # Few outputs, each of whose tiles computes its panel.
         (HALF, 1024, 4096, 1024): "triton",
         (HALF, 2048, 4096, 1024): "triton",
         (HALF, 1536, 4096, 1024): "unfused",
@@ -211,7 +211,7 @@ def test_a_forward_that_keeps_or_drops_something_takes_one_launch_for_few_rows_o
         assert odd.path == single.path == "unfused"
 
 
-def test_first_tiles_with_the_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: torch.device) -> None:
+def test_tiles_with_their_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: torch.device) -> None:
     for rows in (1024, 2048):
         sizes = rows, 4096, 1024
         for trains in (False, True):

@@ -143,7 +143,7 @@ def test_all_waves_go_through_the_tiles_in_one_order(monkeypatch: pytest.MonkeyP
 def test_is_what_a_forward_without_a_mask_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, forward = [], first_wave.forward
     monkeypatch.setattr(first_wave, "forward", lambda *given: calls.append(1) or forward(*given))
-    monkeypatch.setattr(fused.first_tiles, "first_tile", lambda *sizes: None)
+    monkeypatch.setattr(fused.own_panel, "tile_of", lambda *sizes: None)
     t = problem(SHAPES[0], "cpu")
     dropout = reference.Dropout(torch.ones(1, dtype=torch.int64), 6554)
     for given, taken in ((None, 1), (dropout, 0)):

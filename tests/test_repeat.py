@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 import fused_lora
 from fused_lora import repeat
 from fused_lora.functional import effective_weight, lora_linear
-from fused_lora.kernels import decode_launch, first_tiles, launch, lookup, low_rank_update
+from fused_lora.kernels import decode_launch, launch, lookup, low_rank_update, own_panel
 from fused_lora.kernels.config import SAFE
 
 
@@ -39,7 +39,7 @@ class Launches:
         self.plans: dict[Any, Plan] = {}
         self.made: list[dict[str, Any]] = []
         self.described: list[dict[str, Any]] = []
-        for launcher in (decode_launch, first_tiles, low_rank_update):
+        for launcher in (decode_launch, own_panel, low_rank_update):
             patch.setattr(launcher, "launch", self.launch)
             patch.setattr(launcher, "plan_of", lambda *of: self.plans.get(launch._key(*of)[0]))
 
@@ -126,7 +126,7 @@ def test_descriptors_are_of_the_new_tensors(
 
 @pytest.mark.parametrize("shape", [(60, 32), (2, 150, 32)])
 @pytest.mark.parametrize("kind", ["plain", "no bias", "fan_in_fan_out", "float32 adapters"])
-def test_a_forward_by_its_first_tiles_is_made_again(launches: Launches, shape: tuple[int, ...], kind: str) -> None:
+def test_tiles_with_their_panel_are_launched_again(launches: Launches, shape: tuple[int, ...], kind: str) -> None:
     def made() -> dict[str, Any]:
         sizes = {"x": shape, "weight": (144, 32), "lora_A": (4, 32), "lora_B": (144, 4), "bias": (144,)}
         t = {name: torch.randn(size, dtype=torch.bfloat16) for name, size in sizes.items()} | {"scaling": 0.5}

@@ -44,11 +44,11 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     )
     flops = 2.0 * x.numel() * (args["N"] + args["RANKS"])
     moved = x, weight, lora_A, args["lora_B_ptr"], out, args["panel_ptr"]
-    return stated_work("first_tiles", flops, *moved, dtype=x.dtype)
+    return stated_work("own_panel", flops, *moved, dtype=x.dtype)
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "R"])
-def _first_tiles_kernel(
+def _own_panel_kernel(
     x_ptr,  # a descriptor of [M, K]
     weight_ptr,  # a descriptor of [N, K], or of its transpose if TRANSPOSED
     lora_A_ptr, stride_ar, stride_ak,  # [RANKS, K], a descriptor if DESCRIBED
@@ -121,7 +121,7 @@ def _first_tiles_kernel(
             out_ptr.store([tile_m * BLOCK_M, first_column], part.to(out_ptr.dtype))
 
 
-def first_tile(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> LinearTile | None:
+def tile_of(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> LinearTile | None:
     """The tile for x [rows, inputs] and y [rows, outputs]; None where this takes more time than a panel and a GEMM."""
     if dtype.itemsize != 2 or inputs % 16 != 0 or outputs % 16 != 0:
         return None
@@ -206,7 +206,7 @@ def forward(
         )  # fmt: skip
 
     given = _found_by(x, weight, bias, lora_A, lora_B, scale, enable_lora, tile)
-    launch(_first_tiles_kernel, *given, arguments, {"panel_ptr": panel}, described)
+    launch(_own_panel_kernel, *given, arguments, {"panel_ptr": panel}, described)
     return out, panel
 
 
@@ -258,8 +258,8 @@ def forward_again(
     """For tensors like these; None if `forward` has launched nothing for such, as nothing is in the interpreter."""
     rows = x.flatten(0, -2)
     (M, K), N = rows.shape, len(weight)
-    tile = first_tile(x.device, x.dtype, M, K, N)
+    tile = tile_of(x.device, x.dtype, M, K, N)
     if tile is None:
         return None
-    plan = plan_of(_first_tiles_kernel, *_found_by(rows, weight, bias, lora_A, lora_B, scale, enable_lora, tile))
+    plan = plan_of(_own_panel_kernel, *_found_by(rows, weight, bias, lora_A, lora_B, scale, enable_lora, tile))
     return None if plan is None else ForwardAgain(plan, x, rows, weight, lora_A)

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 from numerics import assert_as_accurate_as
 
-from fused_lora.kernels import config, first_tiles
-from fused_lora.kernels.first_tiles import AT_ONCE, MOST_RANKS, fitted
+from fused_lora.kernels import config, own_panel
+from fused_lora.kernels.own_panel import AT_ONCE, MOST_RANKS, fitted
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 
@@ -41,9 +41,9 @@ def problem(
 
 
 def computed(t: dict[str, Tensor | None], pattern: tuple[bool, ...] = (True,)) -> tuple[Tensor, Tensor]:
-    assert first_tiles.takes(t["x"], t["weight"], t["lora_A"])
+    assert own_panel.takes(t["x"], t["weight"], t["lora_A"])
     tile = TILE if t["x"].device.type == "cpu" else AT_ONCE[-1]
-    return first_tiles.forward(**t, scale=0.5, tile=tile, enable_lora=pattern)
+    return own_panel.forward(**t, scale=0.5, tile=tile, enable_lora=pattern)
 
 
 def expected(t: dict[str, Tensor | None], pattern: tuple[bool, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,11 +117,11 @@ def test_takes_any_layout_that_the_copy_engine_reads(shape: tuple[int, int, int,
 def test_does_not_take_what_the_copy_engine_does_not_read(device: str) -> None:
     t = problem((70, 48, 136, 5), device=device)
     x, weight, lora_A = t["x"], t["weight"], t["lora_A"]
-    assert not first_tiles.takes(torch.cat([x, x], 1)[:, 1:49], weight, lora_A)
-    assert not first_tiles.takes(x, torch.cat([weight, weight], 1)[:, 1:49], lora_A)
-    assert not first_tiles.takes(x[:0], weight, lora_A)
-    assert not first_tiles.takes(x, weight, lora_A[:0])
-    assert not first_tiles.takes(x, weight, lora_A[:1].expand(MOST_RANKS + 1, -1))
+    assert not own_panel.takes(torch.cat([x, x], 1)[:, 1:49], weight, lora_A)
+    assert not own_panel.takes(x, torch.cat([weight, weight], 1)[:, 1:49], lora_A)
+    assert not own_panel.takes(x[:0], weight, lora_A)
+    assert not own_panel.takes(x, weight, lora_A[:0])
+    assert not own_panel.takes(x, weight, lora_A[:1].expand(MOST_RANKS + 1, -1))
 
 
 @interpreted
@@ -160,10 +160,10 @@ def test_tiles_that_run_at_once_are_taken_for_few_outputs() -> None:
 
 
 def test_only_regular_sizes_of_two_bytes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_tiles, "capability", lambda device: 90)
-    monkeypatch.setattr(first_tiles, "processors", lambda device: 132)
+    monkeypatch.setattr(own_panel, "capability", lambda device: 90)
+    monkeypatch.setattr(own_panel, "processors", lambda device: 132)
     gpu = torch.device("cuda", 0)
-    assert first_tiles.first_tile(gpu, torch.float16, 2048, 4096, 1024) is AT_ONCE[-1]
-    assert first_tiles.first_tile(gpu, torch.float32, 2048, 4096, 1024) is None
-    assert first_tiles.first_tile(gpu, torch.bfloat16, 2048, 4100, 1024) is None
-    assert first_tiles.first_tile(gpu, torch.bfloat16, 2048, 4096, 1020) is None
+    assert own_panel.tile_of(gpu, torch.float16, 2048, 4096, 1024) is AT_ONCE[-1]
+    assert own_panel.tile_of(gpu, torch.float32, 2048, 4096, 1024) is None
+    assert own_panel.tile_of(gpu, torch.bfloat16, 2048, 4100, 1024) is None
+    assert own_panel.tile_of(gpu, torch.bfloat16, 2048, 4096, 1020) is None
