@@ -115,7 +115,7 @@ def _extended_kernel(
                 slice = enabled_before(of_tile, SLICES, ENABLED)
                 column += (slice - of_tile) * WIDTH
                 # Past the ranks there are zeros, on both sides.
-                start += tl.where((ENABLED >> of_tile) % 2 == 0, R, 0)
+                start += tl.where((ENABLED >> of_tile) % 2 == 0, RANK_STEPS * BLOCK_I, 0)
         if SLICES > 1:
             left = left_side.load([slice, tile_m * BLOCK_M, start]).reshape(BLOCK_M, BLOCK_I)
         else:
@@ -125,13 +125,13 @@ def _extended_kernel(
         else:
             right = right_side.load([start, column])
         acc = accumulate(left, right, acc, PRECISION)
-        # One branch or the other: if both were tests of their own, the second would read what matrix instructions
-        # still write (triton 3.6 and 3.7), and ptxas would serialise them all.
         if bits_ptr is None:
             if step == STEPS - 1:
                 _store(acc, bias_ptr, stride_bias, out_ptr, tile_m * BLOCK_M, tile_j * BLOCK_J, J, PIECES)
                 acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
         else:
+            # One branch or the other: if both were tests of their own, the second would read what matrix instructions
+            # still write (triton 3.6 and 3.7), and ptxas would serialise them all.
             if step == RANK_STEPS - 1:
                 acc = tl.where(unpacked_in_pairs(words, BLOCK_M, BLOCK_J), acc, 0.0)
                 words = _words_of(tile + programs, bits_ptr, stride_bm, WORD, M, J, BLOCK_M, BLOCK_J, GROUP_M)
@@ -140,10 +140,8 @@ def _extended_kernel(
                 acc = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
 
 
-def takes(
-    left: Tensor, right: Tensor, out: Tensor, ranks: int, slices: int, bits: Tensor | None, tile: LinearTile
-) -> bool:
-    """Whether the copy engine can read and write these, and no tile lies in two slices, each of so many ranks."""
+def takes(left: Tensor, right: Tensor, out: Tensor, slices: int, bits: Tensor | None, tile: LinearTile) -> bool:
+    """Whether the copy engine can read and write these, and no tile lies in two slices."""
     stored = right if right.stride(1) == 1 else right.T
     return (
         tile.descriptors
@@ -152,21 +150,19 @@ def takes(
         and describable(left)
         and describable(stored)
         and describable(out)
-        and (
-            slices == 1
-            or (out.shape[1] // slices % tile.block_j == 0 and ranks * left.element_size() % ALIGNMENT_BYTES == 0)
-        )
+        and (slices == 1 or out.shape[1] // slices % tile.block_j == 0)
     )
 
 
 def _readable(operand: Tensor, like: Tensor) -> Tensor:
-    """The same [rows, columns] where the copy engine can read them, in like's dtype."""
-    if operand.dtype == like.dtype and describable(operand):
+    """The same [rows, columns], or [rows, slices, columns], where the copy engine can read them, in like's dtype."""
+    matrices = [operand] if operand.dim() == 2 else [operand[0], operand[:, 0]]
+    if operand.dtype == like.dtype and all(map(describable, matrices)):
         return operand
-    rows, columns = operand.shape
+    *rows, columns = operand.shape
     multiple = ALIGNMENT_BYTES // like.element_size()
-    copy = like.new_empty((rows, multiple * cdiv(columns, multiple)))
-    return copy[:, :columns].copy_(operand)
+    copy = like.new_empty((*rows, multiple * cdiv(columns, multiple)))
+    return copy[..., :columns].copy_(operand)
 
 
 def block_of_right(tile: LinearTile, transposed: bool) -> list[int]:
@@ -185,23 +181,24 @@ def extended(
     out: Tensor,
     tile: LinearTile,
     first_tile: int,
-    *,
-    followed: bool,
-) -> tuple[Tensor, Tensor]:
+    held: list[Tensor] | None,
+) -> None:
     """Computes out [M, J] from its first_tile on, in the order of `place`, of what `takes` holds for.
 
-    A panel or a factor [R, enabled * width] that the copy engine cannot read as it lies is copied first. Returns what
-    is read in their place, whose memory must be given to no launch that begins while this one runs.
+    A panel or a factor [R, enabled * width] that the copy engine cannot read as it lies is copied first. held: as for
+    fused_linear.py's `grad_input`.
     """
     (M, I), J, R, slices = left.shape, right.shape[1], len(factor), len(enable_lora)
     transposed = right.stride(1) != 1
     if transposed:
         right, factor = right.T, factor.T
-    panel, factor = _readable(panel, left), _readable(factor, left)
-    left_block, left_view, panel_view = [tile.block_m, tile.block_i], left, panel
+    left_block, left_view = [tile.block_m, tile.block_i], left
     if slices > 1:
-        left_block, left_view = [1, *left_block], left.unsqueeze(0)
-        panel_view = panel.unflatten(1, (-1, R)).transpose(0, 1)
+        left_block, left_view, panel = [1, *left_block], left.unsqueeze(0), panel.unflatten(1, (-1, R))
+    panel, factor = _readable(panel, left), _readable(factor, left)
+    if held is not None:
+        held += [panel, factor]
+    panel_view = panel.transpose(0, 1) if slices > 1 else panel
     right_block = block_of_right(tile, transposed)
     # Halves take less time; with a mask, quarters leave shared memory for the gradient that runs beside this.
     pieces = 2 if bits is None else 4
@@ -223,17 +220,9 @@ def extended(
             WIDTH=J // slices, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, GROUP_M=GROUP_M,
             TRANSPOSED=transposed, PIECES=pieces, PRECISION=input_precision(left.dtype),
-            FOLLOWED=followed, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            FOLLOWED=held is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    tensors = {
-        "left_ptr": left,
-        "right_ptr": right,
-        "panel_ptr": panel,
-        "factor_ptr": factor,
-        "bias_ptr": bias,
-        "bits_ptr": bits,
-    }
-    facts = (tile, transposed, first_tile, followed, input_precision(left.dtype), *enable_lora)
+    tensors = dict(left_ptr=left, right_ptr=right, panel_ptr=panel, factor_ptr=factor, bias_ptr=bias, bits_ptr=bits)
+    facts = (tile, transposed, first_tile, held is None, input_precision(left.dtype), *enable_lora)
     launch(_extended_kernel, tensors, facts, arguments, {"out_ptr": out}, described)
-    return panel, factor

@@ -153,13 +153,8 @@ def _fused_linear(
     if out.numel() == 0:
         return out
     tile = tile or tiles_for(left.device, left.dtype, I, J).linear
-    if extended.takes(left, right, out, R, len(enable_lora), bits, tile):
-        followed = held is not None
-        read = extended.extended(
-            left, right, panel, factor, bias, bits, enable_lora, out, tile, first_tile, followed=followed
-        )
-        if held is not None:
-            held += read
+    if extended.takes(left, right, out, len(enable_lora), bits, tile):
+        extended.extended(left, right, panel, factor, bias, bits, enable_lora, out, tile, first_tile, held)
         return out
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
@@ -191,14 +186,7 @@ def _fused_linear(
             **strides("bm", bits), WORD=word_of(bits, tile.block_j),
         )  # fmt: skip
 
-    tensors = {
-        "left_ptr": left,
-        "right_ptr": right,
-        "panel_ptr": panel,
-        "factor_ptr": factor,
-        "bias_ptr": bias,
-        "bits_ptr": bits,
-    }
+    tensors = dict(left_ptr=left, right_ptr=right, panel_ptr=panel, factor_ptr=factor, bias_ptr=bias, bits_ptr=bits)
     facts = (tile, first_tile, input_precision(left.dtype), *enable_lora)
     launch(_fused_linear_kernel, tensors, facts, arguments, {"out_ptr": out}, described)
     return out

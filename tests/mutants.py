@@ -123,7 +123,7 @@ class Mutant:
 
 MUTANTS = (
     Mutant("dx followed unsaid", FUSED, "held=held if beside else None", "held=None", BESIDE),
-    Mutant("memory given away while it is read", LINEAR, "            held += read", "            pass", BESIDE),
+    Mutant("memory given away while it is read", EXTENDED, "held += [panel, factor]", "pass", BESIDE),
     Mutant("beside an empty dx", FUSED, " and dy.numel() * weight.numel() > 0", "", BESIDE),
     Mutant("db alone not beside dx", FUSED, "not (x is None and later_xa is None)", "x is not None", BESIDE),
     Mutant("overlapping on any new GPU", CONFIG, "in (90, 100)", ">= 90", BESIDE),
@@ -143,7 +143,7 @@ MUTANTS = (
         "transposed, grad.dtype",
         KEYS,
     ),
-    Mutant("one key for dx alone and followed", EXTENDED, "first_tile, followed, input", "first_tile, input", KEYS),
+    Mutant("one key for dx alone and followed", EXTENDED, "first_tile, held is None, input", "first_tile, input", KEYS),
     Mutant("one key for sums alone and beside", REDUCE, "dtype, beside, None", "dtype, None", KEYS),
     Mutant("a sum that waits for nothing", REDUCE, "        gdc_wait()", "        pass", BESIDE),
     Mutant("a sum not told to begin early", REDUCE, "launch_pdl=beside", "launch_pdl=False", BESIDE),
@@ -164,14 +164,14 @@ MUTANTS = (
     Mutant(
         "a program's first tile only", EXTENDED, "tl.cdiv(tiles - first_tile, programs) * STEPS", "STEPS", OVER_RANKS
     ),
-    Mutant("ranks of a slice without", EXTENDED, "(ENABLED >> of_tile) % 2 == 0, R, 0", "R < 0, R, 0", OVER_RANKS),
+    Mutant("ranks of a slice without", EXTENDED, "(ENABLED >> of_tile) % 2 == 0", "R < 0", OVER_RANKS),
     Mutant("lora_B of the slice's place", EXTENDED, "column += (slice - of_tile) * WIDTH", "column += 0", OVER_RANKS),
     Mutant("a GEMM without bias", EXTENDED, "if bias_ptr is not None:", "if False:", OVER_RANKS),
     Mutant("pieces in one place", EXTENDED, "first_column + COLUMNS // 2, J", "first_column, J", OVER_RANKS),
     Mutant("another dtype read as it lies", EXTENDED, "operand.dtype == like.dtype and ", "", COPIED),
-    Mutant("rows read at any address", EXTENDED, " and describable(operand)", "", COPIED),
+    Mutant("rows read at any address", EXTENDED, " and all(map(describable, matrices))", "", COPIED),
     Mutant("slices that tiles cross", EXTENDED, "slices % tile.block_j == 0", "slices > 0", LEFT),
-    Mutant("slices of any rank", EXTENDED, "% ALIGNMENT_BYTES == 0", ">= 0", LEFT),
+    Mutant("slices apart by any rank", EXTENDED, "[operand[0], operand[:, 0]]", "[operand[:, 0]]", COPIED),
     Mutant("a mask without registers", EXTENDED, "(bits is None or tile.extends_masked)", "True", LEFT),
     Mutant("first wave without room", FIRST_WAVE, "<= -tiles % processors", "<= processors", FIRST_OF_WAVES),
     Mutant("first wave of any rows", FIRST_WAVE, "rows % tile.block_m == 0 and ", "", FIRST_OF_WAVES),

@@ -112,7 +112,7 @@ def test_a_mask_is_applied_to_the_ranks_alone(shape: tuple[int, int, int], r: in
 
 
 @pytest.mark.parametrize("pattern", [(True, False, True), (False, True), (True, True, False)], ids=str)
-@pytest.mark.parametrize("r", [8, 24])
+@pytest.mark.parametrize("r", [1, 4, 8, 24])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_slices_of_whole_tiles(pattern: tuple[bool, ...], r: int, dtypes: str, device: str) -> None:
     width = 2 * TILE.block_j if device == "cpu" else 256
@@ -155,6 +155,9 @@ def test_what_the_copy_engine_reads_as_it_lies_is_not_copied(monkeypatch: pytest
         (plain | {"weight": plain["weight"].T.contiguous().T}, {"panel_ptr": True, "factor_ptr": False}),
         (forward(33, 24, 72, 12), {"panel_ptr": False, "factor_ptr": False}),
         (forward(33, 24, 72, 4, "mixed"), {"panel_ptr": False, "factor_ptr": False}),
+        (forward(33, 24, 2 * TILE.block_j, 8, pattern=(True, True)), {"panel_ptr": True, "factor_ptr": True}),
+        # Rows that the engine reads, of slices that it does not.
+        (forward(33, 24, 2 * TILE.block_j, 4, pattern=(True, True)), {"panel_ptr": False, "factor_ptr": False}),
     ]
     for t, as_they_lie in cases:
         fused_linear.forward(**t)
@@ -183,9 +186,8 @@ def test_what_is_left_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> No
             forward(33, 24, 36, 8),
             # Nothing to contract.
             forward(33, 0, 72, 8),
-            # Slices that tiles cross, and slices whose ranks are apart by less than the engine's rows.
+            # Slices that tiles cross.
             forward(33, 24, 2 * crossed, 8, pattern=pattern),
-            forward(33, 24, 2 * whole, 4, pattern=pattern),
         ],
     }
     for name, problems in cases.items():
