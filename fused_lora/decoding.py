@@ -37,7 +37,7 @@ def forward(
     """
     rows, in_features = x.shape
     with on(x):
-        tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, weight.shape[0])
+        tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, len(weight), len(lora_A))
         return decode(
             x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora, dropout=dropout, keep_panel=keep_panel
         )
@@ -53,7 +53,7 @@ def again(
     enable_lora: Sequence[bool],
 ) -> DecodeAgain | None:
     """`forward` for other tensors of the same kind, if it was launched for such; x may have other dimensions."""
-    tile = decode_tile(x.device, x.dtype, x.numel() // x.shape[-1], x.shape[-1], weight.shape[0])
+    tile = decode_tile(x.device, x.dtype, x.numel() // x.shape[-1], x.shape[-1], len(weight), len(lora_A))
     return decode_again(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora)
 
 
@@ -72,7 +72,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, of a plain layer; da where x is given, db where xa is; scaling includes 1/q."""
     with on(dy):
-        tile = decode_tile(dy.device, dy.dtype, dy.shape[0], *weight.shape)
+        tile = decode_tile(dy.device, dy.dtype, dy.shape[0], *weight.shape, len(lora_A))
         dx, dyb, _ = decode(dy, weight.t(), None, lora_B.t(), lora_A.t(), scaling, tile, bits=bits)
         assert dyb is not None
         return dx, *few_rows_grad(dy, dyb, x, xa, bits, dtype)

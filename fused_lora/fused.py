@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, own_panel, panel
 from .kernels.config import overlaps
+from .kernels.lookup import tiles_for
+from .kernels.narrow import narrow
 from .reference import Dropout
 
 _HERE: AbstractContextManager[object] = nullcontext()
@@ -20,6 +22,14 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
         return _HERE
     return torch.cuda.device(tensor.device)
+
+
+def _narrowed(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B, in x's dtype where the copy engine reads them, which converts nothing, else as they are."""
+    if lora_A.dtype == x.dtype or min(lora_A.numel(), lora_B.numel()) == 0:
+        return lora_A, lora_B
+    reads = tiles_for(x.device, x.dtype, *weight.shape).linear.descriptors
+    return narrow(lora_A, lora_B, x.dtype) if reads else (lora_A, lora_B)
 
 
 def forward(
@@ -39,8 +49,9 @@ def forward(
             tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
             if tile is not None and own_panel.takes(x, weight, lora_A):
                 return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
-            if first_wave.takes(x, weight, lora_A):
-                return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
+        lora_A, lora_B = _narrowed(x, weight, lora_A, lora_B)
+        if dropout is None and first_wave.takes(x, weight, lora_A):
+            return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
         xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
         return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
 
@@ -90,6 +101,8 @@ def backward(
         at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
         early_xa, later_xa = (xa, None) if at_once else (None, xa)
         overlapping, held = overlaps(dy.device), list[Tensor]()
+        if not at_once and lora_B is not None and weight is not None and lora_A is not None:
+            lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
         dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
         if dyb is None or weight is None or lora_A is None:
             dx, beside = None, False

@@ -32,7 +32,8 @@ from .reference import Dropout, dropout_threshold
 __all__ = ["Tiles", "Trial", "read_tiles", "tune", "use_tiles"]
 
 Tile = LinearTile | PanelTile | AdapterGradTile
-Kernel = Literal["linear", "panel", "adapter_grad", "grad_lora_A"]
+Kernel = Literal["linear", "panel", "drawn_panel", "adapter_grad", "grad_lora_A"]
+_BY_RANK: tuple[Kernel, ...] = ("panel", "drawn_panel", "adapter_grad", "grad_lora_A")
 Timer = Callable[[Mapping[Tile, Callable[[], object]]], Mapping[Tile, float]]
 
 LEAST_GAIN = 0.02
@@ -95,7 +96,7 @@ def tune(
         tiles = search.improved(tiles, "linear", None, layers)
         for block in sorted({rank_block(r) for r in ranks}):
             of_block = [layer for layer in layers if rank_block(layer.r) == block]
-            for kernel in ("panel", "adapter_grad", "grad_lora_A"):
+            for kernel in _BY_RANK:
                 tiles = search.improved(tiles, kernel, block, of_block)
     return tiles
 
@@ -188,9 +189,10 @@ class _Layer:
             fused_linear.forward(x, self.weight, None, self.xa, self.lora_B)
             for mask in (None, bits):
                 fused_linear.grad_input(dy, self.weight, self.dyb, self.lora_A, mask)
+        elif kernel == "drawn_panel":
+            panel(x, self.lora_A.T, 1.0, self.dropout)
         elif kernel == "panel":
-            for dropout in (None, self.dropout):
-                panel(x, self.lora_A.T, 1.0, dropout)
+            panel(x, self.lora_A.T, 1.0)
             if not fused_rank:
                 panel(dy, self.lora_B, 1.0)
         elif kernel == "adapter_grad":

@@ -40,6 +40,18 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     return stated_work("adapter_grad", flops, *tensors, dtype=left.dtype)
 
 
+@triton.jit
+def _bits_of(
+    start,
+    bits_ptr, stride_bm,  # [M, cdiv(I, 8)]
+    first_inner, M, I, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Those of a step's rows, the first of which is start and may be past the last one."""
+    local, remaining = tl.arange(0, BLOCK_M), tl.minimum(M - start, BLOCK_M).to(tl.int32)
+    ptrs = bit_ptrs(bits_ptr, stride_bm, start + local, first_inner, BLOCK_I)
+    return tl.load(ptrs, mask=in_bits(local, first_inner, remaining, I, BLOCK_I), other=0)
+
+
 # stride_ds is a multiple of M, and M must not make new kernels.
 @triton.jit(
     launch_metadata=_work,
@@ -77,8 +89,13 @@ def _adapter_grad_kernel(
     if factor_ptr is not None:
         factor_ptrs = factor_ptr + inner[:, None] * stride_fi + ranks[None, :].to(tl.int64) * stride_fr
         factor = tl.load(factor_ptrs, mask=(inner[:, None] < I) & in_ranks, other=0.0).to(left_ptr.dtype.element_ty)
-    acc = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
     first = split * ROWS
+    # What a mask leaves of left is in registers. With many ranks it goes from there to shared memory once if it is the
+    # second operand, and back again if it is the first.
+    MASKED_SECOND: tl.constexpr = bits_ptr is not None and BLOCK_R >= 64
+    acc = tl.zeros((BLOCK_R, BLOCK_I) if MASKED_SECOND else (BLOCK_I, BLOCK_R), tl.float32)
+    if bits_ptr is not None:
+        bits = _bits_of(first, bits_ptr, stride_bm, first_inner, M, I, BLOCK_M, BLOCK_I)
     for start in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
         local = tl.arange(0, BLOCK_M)
         rows = start + local
@@ -97,10 +114,15 @@ def _adapter_grad_kernel(
             product_ptrs = product_ptr + tile.to(tl.int64) * stride_ds + rows[:, None] * stride_dm
             tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
         if bits_ptr is not None:
-            ptrs = bit_ptrs(bits_ptr, stride_bm, rows, first_inner, BLOCK_I)
-            bits = tl.load(ptrs, mask=in_bits(local, first_inner, remaining, I, BLOCK_I), other=0)
             left = kept_by_bits(bits, left)
-        acc = accumulate(left.T, panel, acc, PRECISION)
+            # The copy engine brings no single bytes in ahead.
+            bits = _bits_of(start + BLOCK_M, bits_ptr, stride_bm, first_inner, M, I, BLOCK_M, BLOCK_I)
+        if MASKED_SECOND:
+            acc = accumulate(panel.T, left, acc, PRECISION)
+        else:
+            acc = accumulate(left.T, panel, acc, PRECISION)
+    if MASKED_SECOND:
+        acc = acc.T
     grad_ptrs = grad_ptr + split * stride_gs + inner[:, None] * stride_gi + ranks[None, :].to(tl.int64) * stride_gr
     tl.store(grad_ptrs, acc.to(grad_ptr.dtype.element_ty), mask=(inner[:, None] < I) & in_ranks)
     if BESIDE:

@@ -74,11 +74,12 @@ RANK_BLOCKS = (16, 32, 64, 128)
 class Tiles:
     """What each kernel uses. adapter_grad: for db, with dyb from the same read or without, and for da without a mask.
 
-    grad_lora_A: for da with one.
+    drawn_panel: for xa with a mask. grad_lora_A: for da with one.
     """
 
     linear: LinearTile
     panel: MappingProxyType[int, PanelTile]
+    drawn_panel: MappingProxyType[int, PanelTile]
     adapter_grad: MappingProxyType[int, AdapterGradTile]
     grad_lora_A: MappingProxyType[int, AdapterGradTile]
     update: UpdateTile = UpdateTile(block_m=32, block_j=128, num_warps=8, num_stages=1)
@@ -95,26 +96,32 @@ _ADAPTER_GRAD = _by_rank(
     AdapterGradTile(block_m=32, block_i=128, num_warps=8, num_stages=3, programs=256),
 )
 
+_SAFE_PANEL = _by_rank(
+    PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=3),
+    PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=3),
+    PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
+    PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
+)
+
 SAFE = Tiles(
     linear=LinearTile(block_m=128, block_j=128, block_i=32, num_warps=8, num_stages=3),
-    panel=_by_rank(
-        PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=3),
-        PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=3),
-        PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
-        PanelTile(block_m=64, block_i=64, num_warps=8, num_stages=3),
-    ),
+    panel=_SAFE_PANEL,
+    drawn_panel=_SAFE_PANEL,
     adapter_grad=_ADAPTER_GRAD,
     grad_lora_A=_ADAPTER_GRAD,
 )
 
+_AMPERE_PANEL = _by_rank(
+    PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+    PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
+    PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
+    PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
+)
+
 AMPERE = Tiles(
     linear=LinearTile(block_m=128, block_j=128, block_i=64, num_warps=8, num_stages=3),
-    panel=_by_rank(
-        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
-        PanelTile(block_m=64, block_i=128, num_warps=4, num_stages=3),
-        PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
-        PanelTile(block_m=32, block_i=64, num_warps=8, num_stages=3),
-    ),
+    panel=_AMPERE_PANEL,
+    drawn_panel=_AMPERE_PANEL,
     adapter_grad=_ADAPTER_GRAD,
     grad_lora_A=_ADAPTER_GRAD,
 )
@@ -123,6 +130,12 @@ HOPPER = Tiles(
     linear=LinearTile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
     panel=_by_rank(
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=5),
+        PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
+        PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
+    ),
+    drawn_panel=_by_rank(
+        PanelTile(block_m=16, block_i=128, num_warps=2, num_stages=5),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
         PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
@@ -136,14 +149,15 @@ HOPPER = Tiles(
     grad_lora_A=_by_rank(
         AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=3, programs=528),
         AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=3, programs=528),
-        AdapterGradTile(block_m=64, block_i=64, num_warps=4, num_stages=4, programs=264),
-        AdapterGradTile(block_m=64, block_i=64, num_warps=8, num_stages=3, programs=264),
+        AdapterGradTile(block_m=128, block_i=64, num_warps=4, num_stages=3, programs=264),
+        AdapterGradTile(block_m=64, block_i=128, num_warps=4, num_stages=3, programs=264),
     ),
 )
 
 IRREGULAR = Tiles(
     linear=LinearTile(block_m=64, block_j=64, block_i=32, num_warps=4, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=4, num_stages=2)] * 4),
+    drawn_panel=_by_rank(*[PanelTile(block_m=32, block_i=32, num_warps=4, num_stages=2)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2, programs=256)] * 4),
     grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=64, num_warps=4, num_stages=2, programs=256)] * 4),
 )
@@ -151,6 +165,7 @@ IRREGULAR = Tiles(
 FLOAT32 = Tiles(
     linear=LinearTile(block_m=32, block_j=64, block_i=16, num_warps=4, num_stages=2),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=32, num_warps=8, num_stages=2)] * 4),
+    drawn_panel=_by_rank(*[PanelTile(block_m=16, block_i=32, num_warps=8, num_stages=2)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2, programs=256)] * 4),
     grad_lora_A=_by_rank(*[AdapterGradTile(block_m=32, block_i=32, num_warps=8, num_stages=2, programs=256)] * 4),
 )
@@ -158,6 +173,7 @@ FLOAT32 = Tiles(
 INTERPRETER = Tiles(
     linear=LinearTile(32, 64, 16, num_warps=4, num_stages=1, descriptors=True),
     panel=_by_rank(*[PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)] * 4),
+    drawn_panel=_by_rank(*[PanelTile(block_m=16, block_i=32, num_warps=4, num_stages=1)] * 4),
     adapter_grad=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
     grad_lora_A=_by_rank(*[AdapterGradTile(block_m=16, block_i=32, num_warps=4, num_stages=1, programs=6)] * 4),
     update=UpdateTile(block_m=16, block_j=32, num_warps=4, num_stages=1),

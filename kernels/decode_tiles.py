@@ -1,7 +1,8 @@
 """Tiles of the decode kernel: a frozen table for each architecture, and the choice from it.
 
 The tiles for up to so many rows stand from narrow to wide. That one is taken with which the programs of all tiles run
-at once, beside those that compute the panel; if there is room left, K is split. The last ones serve more rows too.
+at once, beside those that compute the panel; if there is room left, K is split, for many ranks the panel's K rather
+than the output's. The last ones serve more rows too.
 """
 
 from __future__ import annotations
@@ -107,22 +108,31 @@ BLACKWELL = MappingProxyType({rows: tiles for rows, tiles in HOPPER.items() if r
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
 
 
+# Measured on Hopper: with more ranks and rows than these, the panel takes longer than the halves of a tile's splits.
+FEW_RANKS, FEWEST_ROWS_OF_PANELS = 32, 17
+
+
 @lru_cache(maxsize=1024)
-def decode_tile(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> DecodeTile:
-    """The tile for an input [rows, inputs] and an output [rows, outputs]."""
+def decode_tile(
+    device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int, ranks: int
+) -> DecodeTile:
+    """The tile for an input [rows, inputs], a panel [rows, ranks] and an output [rows, outputs]."""
     if device.type == "cpu":
         return INTERPRETER
     if dtype.itemsize == 4 or inputs % 16 != 0 or outputs % 16 != 0:
         return IRREGULAR
-    return fitted(capability(device), processors(device), rows, outputs)
+    return fitted(capability(device), processors(device), rows, outputs, ranks)
 
 
-def fitted(capability: int, processors: int, rows: int, outputs: int) -> DecodeTile:
+def fitted(capability: int, processors: int, rows: int, outputs: int, ranks: int = 0) -> DecodeTile:
     """Of 16-bit numbers and sizes that are multiples of 16, on a GPU with so many multiprocessors."""
     table = TABLES.get(capability, SAFE)
     tiles = table[min((most for most in table if most >= rows), default=max(table))]
     at_once = (_at_once(tile, rows, outputs, processors) for tile in tiles)
-    return next((tile for tile in at_once if tile is not None), replace(tiles[-1], splits=1))
+    tile = next((tile for tile in at_once if tile is not None), replace(tiles[-1], splits=1))
+    if capability == 90 and ranks > FEW_RANKS and rows >= FEWEST_ROWS_OF_PANELS and tile.splits > 1:
+        return replace(tile, splits=tile.splits // 2, parts=2 * tile.parts)
+    return tile
 
 
 def kept_busy(device: torch.device, rows: int, outputs: int) -> float:

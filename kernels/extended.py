@@ -20,10 +20,7 @@ from ._dropout import load_words, unpacked_in_pairs, word_of
 from ._place import GROUP_M, place
 from ._slices import enabled_before, slice_arguments
 from .config import LinearTile, processors
-from .launch import cdiv, describable, input_precision, launch, stated_work, strides
-
-# What the copy engine's rows are multiples of.
-ALIGNMENT_BYTES = 16
+from .launch import cdiv, describable, input_precision, launch, new_describable, stated_work, strides
 
 
 def work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -159,10 +156,7 @@ def _readable(operand: Tensor, like: Tensor) -> Tensor:
     matrices = [operand] if operand.dim() == 2 else [operand[0], operand[:, 0]]
     if operand.dtype == like.dtype and all(map(describable, matrices)):
         return operand
-    *rows, columns = operand.shape
-    multiple = ALIGNMENT_BYTES // like.element_size()
-    copy = like.new_empty((*rows, multiple * cdiv(columns, multiple)))
-    return copy[..., :columns].copy_(operand)
+    return new_describable(operand.shape, like.dtype, like).copy_(operand)
 
 
 def block_of_right(tile: LinearTile, transposed: bool) -> list[int]:

@@ -14,6 +14,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# What the addresses of rows are multiples of for the GPU's copy engine.
+COPIED_BYTES = 16
 _MOST_PLANS = 4096
 _plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
@@ -80,9 +82,16 @@ def describable(matrix: Tensor) -> bool:
     return (
         matrix.stride(1) == 1
         and row >= matrix.shape[1]
-        and row * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
+        and row * matrix.element_size() % COPIED_BYTES == 0
+        and matrix.data_ptr() % COPIED_BYTES == 0
     )
+
+
+def new_describable(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """An empty [..., rows, columns] on like's device which the copy engine takes, whatever its sizes."""
+    *rows, columns = shape
+    multiple = COPIED_BYTES // dtype.itemsize
+    return like.new_empty((*rows, multiple * cdiv(columns, multiple)), dtype=dtype)[..., :columns]
 
 
 def _key(kernel: Any, tensors: Mapping[str, Tensor | None], facts: tuple[Hashable, ...]) -> tuple[Hashable, list[Any]]:

@@ -110,7 +110,8 @@ def panel(
     if M == 0:
         return out, bits
     block_r, aligned = rank_block(R), dropout is None or dropout.column_offset % 8 == 0
-    tile = tiles_for(left.device, left.dtype, I, aligned=aligned).panel[block_r]
+    tiles = tiles_for(left.device, left.dtype, I, aligned=aligned)
+    tile = (tiles.panel if dropout is None else tiles.drawn_panel)[block_r]
     precision, seed = input_precision(left.dtype), None if dropout is None else dropout.seed
     if dropout is not None:
         scale /= dropout.keep_probability

@@ -19,7 +19,12 @@ LEAST_BLOCKS = MappingProxyType({"block_m": 16, "block_i": 16, "block_j": 32})
 NUM_WARPS = (1, 2, 4, 8, 16)
 
 _ONE = {"linear": LinearTile, "update": UpdateTile}
-_BY_RANK = {"panel": PanelTile, "adapter_grad": AdapterGradTile, "grad_lora_A": AdapterGradTile}
+_BY_RANK = {
+    "panel": PanelTile,
+    "drawn_panel": PanelTile,
+    "adapter_grad": AdapterGradTile,
+    "grad_lora_A": AdapterGradTile,
+}
 _Tile = TypeVar("_Tile")
 
 

@@ -131,6 +131,7 @@ DECODED = [
     # Rows that do not fill their tiles.
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (40, 100, 200, 300) for n in (1024, 4096)),
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
+    *(Case("bfloat16", "bfloat16", 64, shape=(m, 4096, 1024)) for m in (32, 64, 128)),
     *(Case("bfloat16", "float32", 256, shape=(m, 4096, 4096)) for m in (32, 64, 128, 256, 512, 2048)),
     *(Case("bfloat16", "bfloat16", 16, dropout=True, shape=(m, 4096, 4096)) for m in (1, 32, 64, 128)),
     *(Case("bfloat16", "float32", 256, dropout=True, column_offset=5, shape=(m, 4096, 1024)) for m in (32, 128)),
@@ -231,7 +232,7 @@ def compile_case(case: Case) -> None:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
     first_wave.processors = lambda device: 132
-    for module in (first_wave, fused_linear, panel, adapter_grad, low_rank_update):
+    for module in (first_wave, fused, fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
     fused.overlaps = lambda device: capability in (90, 100)
     own_panel.tile_of = partial(own_panel_tile_as_on_a_gpu, capability)

@@ -13,10 +13,11 @@ from fused_lora.kernels.launch import cdiv
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 64, 128, 256, 512])
-@pytest.mark.parametrize("outputs", [1024, 4096])
-def test_small_outputs_run_at_once_beside_the_panel(rows: int, outputs: int) -> None:
+@pytest.mark.parametrize("outputs", [16, 1024, 4096])
+@pytest.mark.parametrize("ranks", [16, 64])
+def test_small_outputs_run_at_once_beside_the_panel(rows: int, outputs: int, ranks: int) -> None:
     for processors in (108, 128, 132, 148):
-        tile = fitted(90, processors, rows, outputs)
+        tile = fitted(90, processors, rows, outputs, ranks)
         tiles = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n)
         programs = tiles * tile.splits + cdiv(rows, tile.panel_rows) * tile.parts
         assert tile.parts > 0
@@ -32,6 +33,15 @@ def test_what_room_there_is_goes_to_splits() -> None:
     assert fitted(90, 132, 1, 32).splits == 4
 
 
+def test_many_ranks_get_parts_for_splits_where_there_are_more_than_few_rows() -> None:
+    tiles = {(rows, ranks): fitted(90, 132, rows, 1024, ranks) for rows in (16, 32, 64, 128) for ranks in (32, 64)}
+    found = {sizes: (tile.splits, tile.parts) for sizes, tile in tiles.items()}
+    assert found == {
+        (16, 32): (4, 4), (16, 64): (4, 4), (32, 32): (4, 4), (32, 64): (2, 8),
+        (64, 32): (4, 4), (64, 64): (2, 8), (128, 32): (2, 2), (128, 64): (1, 4),
+    }  # fmt: skip
+
+
 def test_wide_outputs_get_wide_tiles_and_many_rows_high_ones() -> None:
     assert fitted(90, 132, 1, 4096).block_n < fitted(90, 132, 1, 14336).block_n
     heights = [fitted(90, 132, rows, 4096).block_m for rows in (1, 32, 64, 100_000)]
@@ -43,7 +53,7 @@ def test_a_gpu_without_a_table_gets_the_safe_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(decode_tiles, "capability", lambda device: 90)
     monkeypatch.setattr(decode_tiles, "processors", lambda device: 132)
     gpu = torch.device("cuda", 0)
-    assert decode_tiles.decode_tile(gpu, torch.float16, 2048, 4096, 4096) == HOPPER[2048][0]
-    assert decode_tiles.decode_tile(gpu, torch.float16, 1, 4100, 4096) is IRREGULAR
-    assert decode_tiles.decode_tile(gpu, torch.float16, 1, 4096, 4100) is IRREGULAR
-    assert decode_tiles.decode_tile(gpu, torch.float32, 1, 4096, 4096) is IRREGULAR
+    assert decode_tiles.decode_tile(gpu, torch.float16, 2048, 4096, 4096, 16) == HOPPER[2048][0]
+    assert decode_tiles.decode_tile(gpu, torch.float16, 1, 4100, 4096, 16) is IRREGULAR
+    assert decode_tiles.decode_tile(gpu, torch.float16, 1, 4096, 4100, 16) is IRREGULAR
+    assert decode_tiles.decode_tile(gpu, torch.float32, 1, 4096, 4096, 16) is IRREGULAR

@@ -176,6 +176,17 @@ def test_mask_keeps_each_lane_equal_to_the_threshold(device: str, row: int, colu
         assert panel.panel(ones, unit, dropout.keep_probability, dropout)[0].item() == kept
 
 
+@pytest.mark.parametrize("threshold", [1, 2, 255, 256, 32767, 32768, 32769, 65534, 65535])
+def test_masks_of_thresholds_where_a_half_overflows_or_changes_its_sign(device: str, threshold: int) -> None:
+    """On a GPU, where other instructions compare them, of so many lanes that dozens are equal to any threshold."""
+    rows = 8 if device == "cpu" else 1024
+    dropout = Dropout(torch.tensor([9], device=device), threshold)
+    expected = dropout.bits(rows, 2048)
+    ones = torch.ones(rows, 2048, device=device, dtype=torch.bfloat16)
+    assert torch.equal(mask.drop(ones, dropout)[1], expected)
+    assert torch.equal(panel.panel(ones, ones[:1].T, 1.0, dropout)[1], expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("module", [fused, unfused], ids=["fused", "unfused"])
@@ -275,7 +286,8 @@ def test_kernels_state_their_work() -> None:
 
 def test_tables_are_complete_and_frozen() -> None:
     for table in (*config.TABLES.values(), config.SAFE, config.IRREGULAR, config.FLOAT32, config.INTERPRETER):
-        assert set(table.panel) == set(table.adapter_grad) == set(table.grad_lora_A) == set(config.RANK_BLOCKS)
+        for of_rank in (table.panel, table.drawn_panel, table.adapter_grad, table.grad_lora_A):
+            assert set(of_rank) == set(config.RANK_BLOCKS)
         with pytest.raises(AttributeError):
             table.update = None  # type: ignore[misc]
         with pytest.raises(TypeError):

@@ -80,7 +80,7 @@ def test_only_a_gain_of_two_percent_counts(ms: float, taken: bool) -> None:
 
 @on_a_cpu
 def test_of_equally_fast_tiles_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "neighbours", lambda tile, _: OTHERS if isinstance(tile, PanelTile) else [])
+    monkeypatch.setattr(tuning, "neighbours", lambda tile, _: OTHERS if tile == PRESENT else [])
     assert tuned({16: 1.0, 32: 0.9, 64: 0.8, 128: 0.8})[0] == with_panel(OTHERS[1])
 
 
@@ -99,7 +99,8 @@ def test_every_kernel_is_timed_with_the_tile_that_it_is_timed_for(monkeypatch: p
 
         monkeypatch.setattr(module, function, noted)
     monkeypatch.setattr(tuning, "neighbours", lambda tile, _: [replace(tile, num_stages=2)])
-    expected = {"linear": "linear", "panel": "panel", "adapter_grad": "adapter", "grad_lora_A": "adapter"}
+    expected = {"linear": "linear", "panel": "panel", "drawn_panel": "panel"}
+    expected |= {"adapter_grad": "adapter", "grad_lora_A": "adapter"}
     kernels = iter(expected)
 
     def clock(steps: Mapping[tuning.Tile, Callable[[], object]]) -> dict[tuning.Tile, float]:
@@ -110,7 +111,7 @@ def test_every_kernel_is_timed_with_the_tile_that_it_is_timed_for(monkeypatch: p
             assert {name for name, _ in launched} == {expected[kernel]}
             for _, tiles in launched:
                 assert (tiles.linear if kernel == "linear" else getattr(tiles, kernel)[16]) == tile
-                others = {"linear", "panel", "adapter_grad", "grad_lora_A"} - {kernel}
+                others = expected.keys() - {kernel}
                 assert all(getattr(tiles, other) == getattr(INTERPRETER, other) for other in others)
         return dict.fromkeys(steps, 1.0)
 
@@ -347,7 +348,7 @@ def test_a_small_search_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = tune([(256, 512)], tokens=512, ranks=(8, 40), on_trial=trials.append)
     assert {(t.kernel, t.rank_block) for t in trials} == {
         ("linear", None),
-        *((kernel, block) for kernel in ("panel", "adapter_grad", "grad_lora_A") for block in (16, 64)),
+        *((kernel, block) for kernel in ("panel", "drawn_panel", "adapter_grad", "grad_lora_A") for block in (16, 64)),
     }
     assert all(trial.ms is not None and trial.ms > 0 for trial in trials if trial.outcome == "timed")
     problem = make_problem(512, 256, 512, 8, dtype=torch.bfloat16, device="cuda")
