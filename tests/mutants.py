@@ -49,6 +49,7 @@ DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
 OWN_PANEL = "kernels/own_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
+NARROW = "kernels/narrow.py"
 FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
 REPEAT = "fused_lora/repeat.py"
@@ -88,6 +89,7 @@ OVER_RANKS = ("tests/test_extended.py",)
 CROSSED = ("tests/test_extended.py", "-k", "cross")
 COPIED = ("tests/test_extended.py", "-k", "copied")
 LEFT = ("tests/test_extended.py", "-k", "left")
+ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
 CHOICE = ("tests/test_dispatch.py",)
@@ -126,6 +128,11 @@ MUTANTS = (
     Mutant("memory given away while it is read", EXTENDED, "held += [panel, factor]", "pass", BESIDE),
     Mutant("beside an empty dx", FUSED, " and dy.numel() * weight.numel() > 0", "", BESIDE),
     Mutant("db alone not beside dx", FUSED, "not (x is None and later_xa is None)", "x is not None", BESIDE),
+    Mutant("lora_B rounded in lora_A's blocks", NARROW, "block - A_blocks, B_ROWS", "block, B_ROWS", ROUNDED),
+    Mutant("rounded rows too near", NARROW, "stride_aor=A_out.stride(0)", "stride_aor=lora_A.shape[1]", ROUNDED),
+    Mutant("rounded across its strides", NARROW, 'strides("ar ak", lora_A)', 'strides("ak ar", lora_A)', ROUNDED),
+    Mutant("empty adapters rounded", FUSED, " or min(lora_A.numel(), lora_B.numel()) == 0", "", ROUNDED),
+    Mutant("rounded for whoever converts", FUSED, " if reads else (lora_A, lora_B)", "", ROUNDED),
     Mutant("overlapping on any new GPU", CONFIG, "in (90, 100)", ">= 90", BESIDE),
     Mutant("beside what nobody waits for", ADAPTER, "            gdc_wait()", "            pass", BESIDE),
     Mutant(
@@ -247,8 +254,10 @@ MUTANTS = (
     ),
     Mutant("no 1/q in dyb", OPS, "scaling /= 1 - dropout_threshold(dropout_p) / 65536", "pass", TORCH),
     Mutant("no mask in dx", LINEAR, "tl.where(unpacked_in_pairs(words, BLOCK_M, BLOCK_J), acc, 0.0)", "acc", TRITON),
+    Mutant("da under the last step's bits", ADAPTER, "_bits_of(start + BLOCK_M", "_bits_of(start", TRITON),
     Mutant("no mask in da", ADAPTER, "dyb, None, bits, tile", "dyb, None, None, tile", TRITON),
     Mutant("no mask in dx", REFERENCE, "_kept(dyb @ lora_A.to(dy.dtype), bits)", "dyb @ lora_A.to(dy.dtype)", TORCH),
+    Mutant("da under the last step's bits", ADAPTER, "_bits_of(start + BLOCK_M", "_bits_of(start", TRITON),
     Mutant("no mask in da", REFERENCE, "_kept(x, bits).to(dtype)", "x.to(dtype)", TORCH),
     Mutant("no 1/q in xa", REFERENCE, "scaling * inverse_q)", "scaling)", TORCH),
     Mutant(
@@ -335,8 +344,8 @@ MUTANTS = (
     Mutant(
         "da's mask of other columns",
         ADAPTER,
-        "bit_ptrs(bits_ptr, stride_bm, rows, first_inner",
-        "bit_ptrs(bits_ptr, stride_bm, rows, 0 * first_inner",
+        "bit_ptrs(bits_ptr, stride_bm, start + local, first_inner",
+        "bit_ptrs(bits_ptr, stride_bm, start + local, 0 * first_inner",
         TRITON,
     ),
     Mutant("a mask's kernel without row offset", MASKS, "rows + row_offset", "rows", UNFUSED_OFFSETS),
@@ -540,6 +549,9 @@ MUTANTS = (
     Mutant("flags not cleared", DECODE, "        tl.store(ready_ptr, 0)\n", "", ONE_LAUNCH),
     Mutant("arrivals not cleared", DECODE, "        tl.store(arrived_ptr, 0)\n        tl", "        tl", ONE_LAUNCH),
     Mutant("scale forgotten", DECODE, "(total * scale).to", "total.to", ONE_LAUNCH),
+    Mutant("parts beside all splits", DECODE_TILES, "splits=tile.splits // 2, p", "p", ONE_LAUNCH_PATH),
+    Mutant("parts for splits anywhere", DECODE_TILES, "capability == 90 and ranks", "ranks", ONE_LAUNCH_PATH),
+    Mutant("drawn by the other tile", PANEL, " if dropout is None else tiles.drawn_panel", "", KERNEL_MASKS),
     Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),
     Mutant("no batch invariance", DISPATCH, "    if invariant_blocks:\n", "    if False:\n", ONE_LAUNCH_PATH),
     Mutant(

@@ -40,6 +40,8 @@ def test_many_ranks_get_parts_for_splits_where_there_are_more_than_few_rows() ->
         (16, 32): (4, 4), (16, 64): (4, 4), (32, 32): (4, 4), (32, 64): (2, 8),
         (64, 32): (4, 4), (64, 64): (2, 8), (128, 32): (2, 2), (128, 64): (1, 4),
     }  # fmt: skip
+    # Elsewhere it was not measured.
+    assert fitted(80, 132, 32, 1024, 64) == fitted(80, 132, 32, 1024, 16)
 
 
 def test_wide_outputs_get_wide_tiles_and_many_rows_high_ones() -> None:

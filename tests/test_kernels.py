@@ -131,6 +131,18 @@ def test_masks_are_the_contracts_bits_in_every_kernel(device: str, row_offset: i
         assert torch.equal(masked, keep)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the interpreter's tiles, unused on a GPU")
+def test_a_panel_that_draws_a_mask_has_a_tile_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    monkeypatch.setattr(panel, "launch", lambda kernel, tensors, facts, others, made: steps.append(others()[1]))
+    for dropout in (None, Dropout(torch.tensor([1]), 6554)):
+        panel.panel(torch.ones(4, 32), torch.ones(32, 1), 1.0, dropout)
+    assert [step["BLOCK_I"] for step in steps] == [
+        tile[16].block_i for tile in (config.INTERPRETER.panel, config.INTERPRETER.drawn_panel)
+    ]
+    assert steps[0]["BLOCK_I"] != steps[1]["BLOCK_I"]
+
+
 @pytest.mark.parametrize("columns", [192, 96, 200])
 def test_stored_bits_are_read_by_words_of_every_width(device: str, columns: int) -> None:
     """Rows that start at multiples of eight, four and one bytes; the last tile's edge lies within the matrix."""
