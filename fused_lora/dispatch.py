@@ -46,6 +46,9 @@ class Choice:
 # Measured on Hopper; see benchmarks/NOTES.md.
 _FEWEST_ROWS = 2048
 _FEWEST_OUTPUTS = 1 << 21
+# Of a layer that trains, with more ranks in a slice than the first of these. And the elements of the largest lora_A of
+# so many ranks which one launch reads for more than _FEW_DECODED rows.
+_MANY_RANKS, _FEWEST_ROWS_OF_MANY_RANKS, _LARGEST_DECODED_FACTOR = 64, 4096, 1 << 19
 # Rows of a forward without a mask on Hopper, and of whatever else is bound by reading the weight.
 _UNMASKED_DECODED, _FEW_DECODED = 512, 64
 # Of a forward alone, on Hopper, with more rows: no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and
@@ -58,6 +61,10 @@ _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
 # panel in the first wave.
 _FEWEST_OUTPUTS_OF_WAVES = 1 << 24
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
+_MANY_FOR_THEIR_ROWS = Choice(
+    "unfused",
+    f"cuBLAS takes less time for fewer than {_FEWEST_ROWS_OF_MANY_RANKS} rows of more than {_MANY_RANKS} ranks",
+)
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
 _WIDE = Choice("unfused", "cuBLAS takes less time for float32")
 _ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
@@ -177,17 +184,26 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
 
 @lru_cache(maxsize=1024)
 def choose_linear(
-    request: str, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, rows: int, *features: int
+    request: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    *features: int,
+    trained_r: int = 0,
 ) -> Choice:
     """The path of a linear layer, or its backward, for this many rows and between these numbers of features.
 
     Where both would run, the kernels or cuBLAS, whichever takes less time; as measured in benchmarks/NOTES.md.
+    trained_r: ranks in a slice of a layer that trains.
     """
     choice = choose(request, device, dtype, adapter_dtype)
     if request != "auto" or choice.path != "triton":
         return choice
     if rows < _FEWEST_ROWS:
         return _FEW_ROWS
+    if trained_r > _MANY_RANKS and rows < _FEWEST_ROWS_OF_MANY_RANKS:
+        return _MANY_FOR_THEIR_ROWS
     if rows * min(features) < _FEWEST_OUTPUTS:
         return _FEW_TILES
     if dtype == torch.float32:
@@ -206,16 +222,19 @@ def choose_forward(
     out_features: int,
     *,
     ranks: int,
+    r: int = 0,
     drops: bool,
     trains: bool,
 ) -> Choice:
     """The path of a linear layer's forward, which draws a mask or not, and keeps something for a backward or not.
 
-    ranks: of all its slices together. As measured in benchmarks/NOTES.md.
+    ranks: of all its slices together; r: of one, or 0 for few. As measured in benchmarks/NOTES.md.
     """
     if request == BATCH_INVARIANT:
         return _INVARIANT
-    choice = choose_linear(request, device, dtype, adapter_dtype, rows, in_features, out_features)
+    choice = choose_linear(
+        request, device, dtype, adapter_dtype, rows, in_features, out_features, trained_r=r if trains else 0
+    )
     if not _decodes(request, choice, dtype, in_features, out_features):
         return choice
     if request == "decode":
@@ -230,6 +249,8 @@ def choose_forward(
     if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
+    if rows > _FEW_DECODED and ranks > _MANY_RANKS and ranks * in_features > _LARGEST_DECODED_FACTOR:
+        return choice
     if rows <= _UNMASKED_DECODED:
         return _FEW_DECODED_ROWS if busy else choice
     if trains or rows * out_features >= _TOO_MUCH_DECODED:
@@ -249,10 +270,14 @@ def choose_backward(
     adapter_dtype: torch.dtype,
     rows: int,
     *features: int,
+    r: int = 0,
     plain: bool,
 ) -> Choice:
-    """The path of its backward; plain: whether dx is wanted, of a layer with one adapter for all outputs."""
-    choice = choose_linear(request, device, dtype, adapter_dtype, rows, *features)
+    """The path of its backward; plain: whether dx is wanted, of a layer with one adapter for all outputs.
+
+    r: ranks in a slice, or 0 for few.
+    """
+    choice = choose_linear(request, device, dtype, adapter_dtype, rows, *features, trained_r=r)
     if not plain or not _decodes(request, choice, dtype, *features):
         return choice
     if request == "decode":
@@ -321,7 +346,7 @@ def explain(layer: nn.Module, x: Tensor) -> Choice:
     # With a probability of 1 there is no term to mask.
     drops = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
     dtypes = cast or x.dtype, adapter_dtype
-    kind = {"ranks": len(lora_A), "drops": drops, "trains": wants_gradient}
+    kind = {"ranks": len(lora_A), "r": r, "drops": drops, "trains": wants_gradient}
     return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, **kind)
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, own_panel, panel
 from .kernels.config import overlaps
+from .kernels.launch import dropout_facts
 from .kernels.lookup import tiles_for
 from .kernels.narrow import narrow
+from .kernels.replay import replayed
 from .reference import Dropout
 
 _HERE: AbstractContextManager[object] = nullcontext()
@@ -44,16 +46,34 @@ def forward(
     enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
+    tensors = x, weight, bias, lora_A, lora_B
     with on(x):
-        if dropout is None:
-            tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
-            if tile is not None and own_panel.takes(x, weight, lora_A):
-                return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
-        lora_A, lora_B = _narrowed(x, weight, lora_A, lora_B)
-        if dropout is None and first_wave.takes(x, weight, lora_A):
-            return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
-        xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
-        return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
+        return replayed(  # type: ignore[return-value]
+            (*tensors, None if dropout is None else dropout.seed),
+            ("forward", scaling, *dropout_facts(dropout), *enable_lora),
+            lambda: _forward(*tensors, scaling, dropout, enable_lora),
+        )
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if dropout is None:
+        tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
+        if tile is not None and own_panel.takes(x, weight, lora_A):
+            return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
+    lora_A, lora_B = _narrowed(x, weight, lora_A, lora_B)
+    if dropout is None and first_wave.takes(x, weight, lora_A):
+        return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
+    xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
+    return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
 
 
 def grad_panels(
@@ -96,22 +116,44 @@ def backward(
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
+    tensors = dy, x, weight, lora_A, lora_B, xa, bits
     with on(dy):
-        # A db that needs a read of dy by itself can wait until dx's GEMM runs.
-        at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
-        early_xa, later_xa = (xa, None) if at_once else (None, xa)
-        overlapping, held = overlaps(dy.device), list[Tensor]()
-        if not at_once and lora_B is not None and weight is not None and lora_A is not None:
-            lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
-        dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
-        if dyb is None or weight is None or lora_A is None:
-            dx, beside = None, False
-        else:
-            # An empty dx is not launched.
-            beside = not (x is None and later_xa is None) and overlapping and dy.numel() * weight.numel() > 0
-            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, held=held if beside else None)
-        da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
-        return dx, da, db if at_once else later_db
+        overlapping = overlaps(dy.device)
+        return replayed(  # type: ignore[return-value]
+            tensors,
+            ("backward", scaling, dtype, overlapping, *enable_lora),
+            lambda: _backward(*tensors, scaling, dtype, enable_lora, overlapping),
+        )
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
+    bits: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool],
+    overlapping: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # A db that needs a read of dy by itself can wait until dx's GEMM runs.
+    at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
+    early_xa, later_xa = (xa, None) if at_once else (None, xa)
+    if lora_B is not None and weight is not None and lora_A is not None:
+        lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
+    dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
+    held = list[Tensor]()
+    if dyb is None or weight is None or lora_A is None:
+        dx, beside = None, False
+    else:
+        # An empty dx is not launched.
+        beside = not (x is None and later_xa is None) and overlapping and dy.numel() * weight.numel() > 0
+        dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, held=held if beside else None)
+    da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
+    return dx, da, db if at_once else later_db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

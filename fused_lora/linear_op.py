@@ -57,7 +57,7 @@ def _compute(
     if seed is not None and (threshold := dropout_threshold(dropout_p)) > 0:
         dropout = Dropout(seed, threshold, row_offset, column_offset)
     sizes = (*x.shape, weight.shape[0])
-    kind = {"ranks": lora_A.shape[0], "drops": dropout is not None, "trains": not inference}
+    kind = {"ranks": lora_A.shape[0], "r": lora_B.shape[1], "drops": dropout is not None, "trains": not inference}
     choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, *sizes, **kind)
     options = {"keep_panel": False} if inference and choice.path == "decode" else {}
     computed: tuple[Tensor, Tensor, Tensor | None] = module_of("forward", choice).forward(
@@ -99,7 +99,8 @@ def _gradients(
     read = weight if x is None else x
     features = () if read is None else read.shape[1:]
     plain = weight is not None and lora_A is not None and lora_B is not None and len(enable_lora) == 1
-    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, plain=plain)
+    r = 0 if lora_B is None else lora_B.shape[1]
+    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, r=r, plain=plain)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
         dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
     )

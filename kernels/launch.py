@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -43,10 +45,43 @@ class Plan:
 
     def launch(self, given: Iterable[Any]) -> None:
         """As Triton would while nobody watches; tensors are given as their addresses, which it need not look up."""
-        self.run(*self.grid, self.stream_of(self.device), *self.unwatched, *self._arguments(given))
+        self.launch_with(self._arguments(given))
+
+    def launch_with(self, arguments: list[Any]) -> None:
+        """The same with all arguments."""
+        self.run(*self.grid, self.stream_of(self.device), *self.unwatched, *arguments)
 
     def launch_watched(self, given: Iterable[Any]) -> None:
         self.compiled[self.grid](*self._arguments(given))
+
+
+class Recorder(Protocol):
+    """Is told of every launch, and of words that a launch counts in, on the thread that it is set for.
+
+    repeatable: becomes false at a launch that it is not told of, by anybody else's plan than `launch` has kept.
+    """
+
+    repeatable: bool
+
+    def launched(self, plan: Plan, tensors: Sequence[Tensor | None], described: Sequence[Tensor]) -> None: ...
+    def took_flags(self, words: Tensor, count: int) -> None: ...
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+thread = _Thread()
+
+
+@contextmanager
+def recording_by(recorder: Recorder) -> Iterator[None]:
+    """Within the block the recorder is told of this thread's launches."""
+    previous, thread.recorder = thread.recorder, recorder
+    try:
+        yield
+    finally:
+        thread.recorder = previous
 
 
 def watched() -> bool:
@@ -57,10 +92,24 @@ def watched() -> bool:
 
 def launch_again(plan: Plan, given: Sequence[Tensor | None], descriptors: Sequence[Described] = ()) -> None:
     """With other tensors and descriptors, in the plan's order."""
+    if thread.recorder is not None:
+        thread.recorder.repeatable = False
     if watched():
         plan.launch_watched([*given, *descriptors])
     else:
         plan.launch([*(None if tensor is None else tensor.data_ptr() for tensor in given), *descriptors])
+
+
+class Pointer:
+    """To a `Described` what a tensor is."""
+
+    __slots__ = ("pointer",)
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def data_ptr(self) -> int:
+        return self.pointer
 
 
 class Described:
@@ -72,7 +121,7 @@ class Described:
     padding, round_f32_to_tf32 = "zero", False
     __slots__ = ("base", "shape", "strides")
 
-    def __init__(self, tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
+    def __init__(self, tensor: Tensor | Pointer, shape: Sequence[int], strides: Sequence[int]) -> None:
         self.base, self.shape, self.strides = tensor, shape, strides
 
 
@@ -141,7 +190,11 @@ def launch(
         for described, _ in descriptors.values():
             given.append(Described(described, described.shape, described.stride()))
         plan.launch(given)
+        if thread.recorder is not None:
+            thread.recorder.launched(plan, [*tensors.values(), *made.values()], [t for t, _ in descriptors.values()])
         return
+    if thread.recorder is not None:
+        thread.recorder.repeatable = False
     named = {name: TensorDescriptor.from_tensor(*described) for name, described in descriptors.items()}
     if plan is not None:
         plan.launch_watched([*tensors.values(), *made.values(), *named.values()])

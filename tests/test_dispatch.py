@@ -211,6 +211,30 @@ def test_a_forward_that_keeps_or_drops_something_takes_one_launch_for_few_rows_o
         assert odd.path == single.path == "unfused"
 
 
+def test_many_ranks_take_more_rows_to_be_worth_the_kernels_in_training(gpu: torch.device) -> None:
+    shared = "auto", gpu, HALF, HALF
+    for r, rows, path in ((64, 2048, "triton"), (65, 2048, "unfused"), (128, 4095, "unfused"), (128, 4096, "triton")):
+        kind = {"ranks": r, "r": r, "drops": True}
+        assert dispatch.choose_forward(*shared, rows, 4096, 14336, trains=True, **kind).path == path
+        assert dispatch.choose_backward(*shared, rows, 4096, 14336, r=r, plain=True).path == path
+        # Where nothing is trained, and of slices with fewer ranks each, that was not seen.
+        assert dispatch.choose_forward(*shared, rows, 4096, 14336, trains=False, **kind).path == "triton"
+        assert dispatch.choose_forward(*shared, rows, 4096, 14336, trains=True, **kind | {"r": r // 2}).path == "triton"
+
+
+def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: torch.device) -> None:
+    for ranks, rows, inputs, path in (
+        (128, 64, 14336, "decode"),
+        (128, 65, 14336, "unfused"),
+        (64, 256, 14336, "decode"),
+        (128, 256, 4096, "decode"),
+        (128, 256, 8192, "unfused"),
+    ):
+        for trains in (False, True):
+            kind = {"ranks": ranks, "r": ranks, "drops": False, "trains": trains}
+            assert dispatch.choose_forward("auto", gpu, HALF, HALF, rows, inputs, 4096, **kind).path == path
+
+
 def test_tiles_with_their_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: torch.device) -> None:
     for rows in (1024, 2048):
         sizes = rows, 4096, 1024

@@ -54,7 +54,7 @@ class Narrowed:
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("r", [8, 40])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_once_a_forward_and_once_a_backward_of_many_ranks(
+def test_once_a_forward_and_once_a_backward(
     monkeypatch: pytest.MonkeyPatch, adapter_dtype: torch.dtype, r: int, p: float
 ) -> None:
     x, weight, dy = (torch.randn(*size).bfloat16() for size in ((48, 32), (272, 32), (48, 272)))
@@ -66,7 +66,7 @@ def test_once_a_forward_and_once_a_backward_of_many_ranks(
     assert narrowed.count == wide
     options = {"bits": bits, "scaling": 0.5, "dtype": torch.float32, "enable_lora": (True,)}
     dx, da, db = fused.backward(dy, x, weight, lora_A, lora_B, xa, **options)
-    assert narrowed.count == wide + (wide and r > 32)
+    assert narrowed.count == 2 * wide
     rounded = lora_A.bfloat16(), lora_B.bfloat16()
     found = fused.forward(x, weight, None, *rounded, scaling=0.5, dropout=dropout)
     assert torch.equal(y, found[0]) and torch.equal(xa, found[1])

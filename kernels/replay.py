@@ -1,0 +1,245 @@
+"""What was done before for tensors of the same kind, done again without deciding anything anew.
+
+Most of the host's time in a forward or a backward goes into finding out what to launch, which follows from dtypes,
+shapes, strides, alignments and a few numbers. The second time that the same of them come, it is written down what is
+allocated, launched and given back, in this order; from then on that is done for other tensors. A call in which anything
+else happens, an operation of torch's or a launch in memory of unknown origin, is never repeated.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .flags import flags_for
+from .launch import Described, Plan, Pointer, recording_by, watched
+from .lookup import tiles_in_force
+
+Results = tuple[Tensor | None, ...]
+
+_MOST_PROGRAMS = 1024
+_ONCE, _NEVER = "seen once", "not to be repeated"
+_programs: OrderedDict[Hashable, Program | str] = OrderedDict()
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """So many bytes past a value's; values are the given tensors, and then what is allocated, one after another."""
+
+    value: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Allocation:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Flags:
+    """Words for a launch whose programs wait for one another: a value as well."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A plan, and by place among its arguments the addresses, and addresses, shapes and strides of descriptors."""
+
+    plan: Plan
+    pointers: tuple[tuple[int, _Address], ...]
+    descriptors: tuple[tuple[int, _Address, tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    value: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  # in elements
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    events: tuple[_Allocation | _Flags | _Release | _Launch, ...]
+    outputs: tuple[_Output | None, ...]
+
+    def __call__(self, given: Sequence[Tensor | None]) -> Results:
+        """The outputs for these tensors, on their stream; the first of them is none that is not there."""
+        like, values = given[0], list(given)
+        assert like is not None
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        for event in self.events:
+            if isinstance(event, _Launch):
+                plan = event.plan
+                arguments = plan.values.copy()
+                for place, at in event.pointers:
+                    arguments[place] = pointers[at.value] + at.offset
+                for place, at, shape, strides in event.descriptors:
+                    arguments[place] = Described(Pointer(pointers[at.value] + at.offset), shape, strides)
+                plan.launch_with(arguments)
+            elif isinstance(event, _Release):
+                values[event.value] = None
+            else:
+                made = flags_for(like, event.count) if isinstance(event, _Flags) else None
+                if isinstance(event, _Allocation):
+                    made = like.new_empty(event.shape, dtype=event.dtype)
+                assert made is not None
+                values.append(made)
+                pointers.append(made.data_ptr())
+        return tuple(None if output is None else _output(output, values[output.value]) for output in self.outputs)
+
+
+def _output(output: _Output, value: Tensor | None) -> Tensor:
+    assert value is not None
+    if value.shape == output.shape:
+        return value
+    return value.as_strided(output.shape, output.stride, output.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """Memory that was allocated while recording, for as long as it is not given back."""
+
+    storage: StorageWeakRef
+    storage_pointer: int
+    pointer: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Recording(TorchDispatchMode):
+    """Writes down what happens in its block for the given tensors, and whether that can be repeated."""
+
+    def __init__(self, given: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.given = given
+        self.events: list[_Allocation | _Flags | _Release | _Launch] = []
+        self.live: dict[int, _Live] = {}
+        self.values = len(given)
+        self.repeatable = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._note_releases()
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default:
+            self._own(made)
+            self.events.append(_Allocation(tuple(made.shape), made.dtype))
+        elif not func.is_view:
+            self.repeatable = False
+        return made
+
+    def _own(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.live[self.values] = _Live(
+            StorageWeakRef(storage), storage.data_ptr(), tensor.data_ptr(), tensor.dtype, tensor.shape
+        )
+        self.values += 1
+
+    def _note_releases(self) -> None:
+        for value in [value for value, live in self.live.items() if live.storage.expired()]:
+            del self.live[value]
+            self.events.append(_Release(value))
+
+    def took_flags(self, words: Tensor, count: int) -> None:
+        # They are never given back, so that nothing else has their address.
+        self.live[self.values] = _Live(
+            StorageWeakRef(words.untyped_storage()), -1, words.data_ptr(), words.dtype, words.shape
+        )
+        self.values += 1
+        self.events.append(_Flags(count))
+
+    def _address(self, tensor: Tensor) -> _Address | None:
+        pointer, storage_pointer = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+        if pointer == 0:
+            return None
+        for value, live in self.live.items():
+            if live.storage_pointer == storage_pointer or live.pointer == pointer:
+                return _Address(value, pointer - live.pointer)
+        # A part of a given tensor could be one of another that shares its memory.
+        same = [value for value, other in enumerate(self.given) if other is not None and other.data_ptr() == pointer]
+        return _Address(same[0], 0) if len(same) == 1 else None
+
+    def launched(self, plan: Plan, tensors: Sequence[Tensor | None], described: Sequence[Tensor]) -> None:
+        """Called for each launch with what its plan takes, in its order."""
+        self._note_releases()
+        addresses = [None if tensor is None else self._address(tensor) for tensor in (*tensors, *described)]
+        if any(a is None and t is not None for a, t in zip(addresses, (*tensors, *described), strict=True)):
+            self.repeatable = False
+            return
+        of_descriptors = plan.places[len(tensors) :]
+        pointers = zip(plan.places, addresses[: len(tensors)], strict=False)
+        descriptors = zip(of_descriptors, addresses[len(tensors) :], described, strict=True)
+        self.events.append(
+            _Launch(
+                plan,
+                tuple((place, at) for place, at in pointers if at is not None and place not in of_descriptors),
+                tuple((place, at, tuple(t.shape), t.stride()) for place, at, t in descriptors if at is not None),
+            )
+        )
+
+    def program(self, results: Results) -> Program | None:
+        """What repeats it; None if that cannot be."""
+        outputs = [None if result is None else self._output(result) for result in results]
+        if not self.repeatable or any(o is None and r is not None for o, r in zip(outputs, results, strict=True)):
+            return None
+        return Program(tuple(self.events), tuple(outputs))
+
+    def _output(self, result: Tensor) -> _Output | None:
+        for value, live in self.live.items():
+            if live.storage_pointer == result.untyped_storage().data_ptr() and live.dtype == result.dtype:
+                offset = (result.data_ptr() - live.pointer) // result.element_size()
+                return _Output(value, tuple(result.shape), result.stride(), offset)
+        return None
+
+
+def replayed(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: Callable[[], Results]) -> Results:
+    """call's results, from launches alone if it was called before for tensors of the same kind and the same facts.
+
+    given: all tensors that call reads, the first of them on the GPU that is current. facts: whatever else determines
+    what call does, but for tables of tiles, which a `use_tiles` changes, and torch's matmul precision for float32.
+    """
+    if not _repeats(given[0]):
+        return call()
+    kinds: list[Hashable] = [
+        None if t is None else (t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() % 16) for t in given
+    ]
+    key = (facts, *kinds)
+    program = _programs.get(key)
+    if isinstance(program, Program):
+        return program(given)
+    if program is None:
+        # Numbers of rows that come once are not worth a recording.
+        _keep(key, _ONCE)
+    if program != _ONCE:
+        return call()
+    recording = Recording(given)
+    with recording_by(recording), recording:
+        results = call()
+    _keep(key, recording.program(results) or _NEVER)
+    return results
+
+
+def _repeats(like: Tensor | None) -> bool:
+    return like is not None and like.is_cuda and like.dtype.itemsize == 2 and not watched() and not tiles_in_force()
+
+
+def _keep(key: Hashable, what: Program | str) -> None:
+    _programs[key] = what
+    if len(_programs) > _MOST_PROGRAMS:
+        _programs.popitem(last=False)

@@ -1,0 +1,255 @@
+"""Calls that are repeated from a recording: the same results, for the same kind of tensors only, or not repeated."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+import fused_lora
+from fused_lora import fused
+from fused_lora.kernels import launch, replay
+from fused_lora.kernels.replay import Program, replayed
+
+NAMES = ["a_ptr", "b_ptr", "out_ptr", "n", "scale"]
+
+
+def numbers(value: Any, n: int) -> np.ndarray:
+    """At an address, or where a descriptor says; zeros for None."""
+    if value is None:
+        return np.zeros(n, np.float32)
+    address = value if isinstance(value, int) else value.base.data_ptr()
+    return np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))
+
+
+class Compiled:
+    """A kernel that a CPU runs on addresses, as a GPU runs compiled ones: out = scale * a + b."""
+
+    function = packed_metadata = None
+    src = SimpleNamespace(fn=SimpleNamespace(arg_names=NAMES))
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        a, b, out, n, scale = rest[5:]
+        self.runs += 1
+        numbers(out, n)[:] = scale * numbers(a, n) + numbers(b, n)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def call(**arguments: Any) -> Compiled:
+            values = [arguments[name] for name in NAMES]
+            self.run(1, 1, 1, 0, *[None] * 5, *(v.data_ptr() if isinstance(v, Tensor) else v for v in values))
+            return self
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """Whose launches are plans, as on a GPU."""
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
+    active = SimpleNamespace(get_current_stream=lambda device: 0, get_current_device=lambda: 0)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "_plans", type(launch._plans)())
+    monkeypatch.setattr(replay, "_programs", type(replay._programs)())
+    monkeypatch.setattr(replay, "_repeats", lambda like: True)
+    return Compiled()
+
+
+def add(kernel: Compiled, a: Tensor, b: Tensor | None, out: Tensor, scale: float, described: bool = False) -> None:
+    tensors = {"b_ptr": b} if described else {"a_ptr": a, "b_ptr": b}
+    descriptors = {"a_ptr": (a, list(a.shape))} if described else {}
+    constants = {"n": out.numel(), "scale": scale}
+    launch.launch(kernel, tensors, (scale,), lambda: ((1,), constants), {"out_ptr": out}, descriptors)
+
+
+class Work:
+    """2 * (3 * x + w) + w and a row of it; counts how often it is done from the start."""
+
+    def __init__(self, kernel: Compiled, within: Callable[[Tensor, Tensor | None], object] | None = None) -> None:
+        self.kernel, self.within, self.calls = kernel, within, 0
+
+    def do(self, x: Tensor, w: Tensor | None) -> tuple[Tensor | None, ...]:
+        self.calls += 1
+        first = x.new_empty(x.shape)
+        add(self.kernel, x, w, first, 3.0)
+        if self.within is not None:
+            self.within(first, w)
+        whole = x.new_empty((2, *x.shape))
+        second = whole[1]
+        add(self.kernel, first, w, second, 2.0, described=True)
+        del first
+        last = x.new_empty(x.shape)
+        add(self.kernel, second, None, last, 1.0)
+        return last, None, second.T
+
+    def __call__(self, x: Tensor, w: Tensor | None, *facts: float) -> None:
+        last, nothing, turned = replayed((x, w), facts, lambda: self.do(x, w))
+        expected = 2 * (3 * x + (0 if w is None else w)) + (0 if w is None else w)
+        assert nothing is None and last is not None and turned is not None
+        assert torch.equal(last, expected) and torch.equal(turned, expected.T)
+
+
+def some(*shape: int) -> Tensor:
+    return torch.randn(*shape).round(decimals=2)
+
+
+def test_a_third_call_is_launches_alone(kernel: Compiled) -> None:
+    work = Work(kernel)
+    for _ in range(5):
+        work(some(4, 8), some(4, 8))
+    assert work.calls == 2 and kernel.runs == 5 * 3
+
+
+def test_memory_is_given_back_when_it_was(kernel: Compiled) -> None:
+    work = Work(kernel)
+    for _ in range(2):
+        work(some(4, 8), some(4, 8))
+    (program,) = replay._programs.values()
+    assert isinstance(program, Program)
+    assert [type(event).__name__ for event in program.events] == [
+        "_Allocation", "_Launch", "_Allocation", "_Launch", "_Release", "_Allocation", "_Launch",
+    ]  # fmt: skip
+
+
+def test_other_kinds_are_done_from_the_start(kernel: Compiled) -> None:
+    work, x, w = Work(kernel), some(4, 8), some(4, 8)
+    for _ in range(3):
+        work(x, w, 1.0)
+    for other in (
+        lambda: work(some(8, 4), some(8, 4), 1.0),
+        lambda: work(x, None, 1.0),
+        lambda: work(x, w, 2.0),
+        lambda: work(some(4 * 8 + 1)[1:].view(4, 8), w, 1.0),
+    ):
+        calls = work.calls
+        other()
+        assert work.calls == calls + 1
+
+
+OUTSIDE = torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda first, w: first.zero_(),
+        lambda first, w: torch.ones(3),
+        lambda first, w: add(Compiled(), OUTSIDE, None, OUTSIDE, 0.0),
+        lambda first, w: launch._plans.popitem() and add(WITHOUT_PLAN, first, None, first, 1.0),
+    ],
+    ids=["an operation on it", "an allocation by torch", "memory from outside", "a kernel without a plan"],
+)
+def test_what_else_happens_makes_a_call_one_that_is_not_repeated(
+    kernel: Compiled, within: Callable[[Tensor, Tensor | None], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def harmless(first: Tensor, w: Tensor | None) -> None:
+        kept = first.clone()
+        within(first, w)
+        first.copy_(kept)
+
+    quiet = Work(kernel, within=None)
+    for _ in range(3):
+        quiet(some(4, 8), some(4, 8), 0.0)
+    assert quiet.calls == 2
+    work = Work(kernel, harmless)
+    for _ in range(4):
+        work(some(4, 8), some(4, 8), 1.0)
+    assert work.calls == 4
+
+
+WITHOUT_PLAN = Compiled()
+
+
+def test_a_kernel_without_a_plan_is_not_forgotten(kernel: Compiled) -> None:
+    """Of the second call, which is recorded, a launch is the first of its kernel."""
+    late = Compiled()
+
+    class Late(Work):
+        def do(self, x: Tensor, w: Tensor | None) -> tuple[Tensor | None, ...]:
+            self.kernel = late if self.calls == 1 else kernel
+            return super().do(x, w)
+
+    work = Late(kernel)
+    for _ in range(4):
+        work(some(4, 8), some(4, 8))
+    assert work.calls == 4
+
+
+def test_tensors_at_one_address_are_not_told_apart(kernel: Compiled) -> None:
+    work = Work(kernel)
+    for _ in range(4):
+        x = some(4, 8)
+        work(x, x)
+    assert work.calls == 4
+    both = some(2, 4, 8)
+    for _ in range(4):
+        work(both[0], both[1], 1.0)
+    assert work.calls == 6
+
+
+def test_launches_elsewhere_are_no_part_of_it(kernel: Compiled) -> None:
+    """A recorder is told of its own thread's launches, and of none once its block has ended."""
+    work = Work(kernel)
+    for _ in range(2):
+        work(some(4, 8), some(4, 8))
+    assert launch.thread.recorder is None
+    failing = Work(kernel, lambda first, w: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing(some(4, 8), some(4, 8), 5.0)
+    assert launch.thread.recorder is None
+
+
+def test_there_is_a_bound(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_MOST_PROGRAMS", 3)
+    work = Work(kernel)
+    for fact in range(10):
+        work(some(4, 8), some(4, 8), float(fact))
+    assert len(replay._programs) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+@pytest.mark.parametrize(
+    "sizes", [(2048, 4096, 1024), (2048, 1024, 4096), (8192, 4096, 4096), (100, 512, 256)], ids=str
+)
+@pytest.mark.parametrize("r", [4, 16, 64])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_same_bits_as_from_the_start(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int, p: float, adapter_dtype: torch.dtype
+) -> None:
+    M, K, N = sizes
+    options = {"lora_dropout": p, "device": "cuda", "dtype": torch.bfloat16, "adapter_dtype": adapter_dtype}
+    layers = [fused_lora.Linear(K, N, r=r, lora_alpha=r, **options) for _ in range(2)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B)
+
+    def step(layer: torch.nn.Module, number: int) -> list[Tensor]:
+        torch.manual_seed(number)
+        x = torch.randn(M, K, device="cuda").bfloat16().requires_grad_()
+        dy = torch.randn(M, N, device="cuda").bfloat16()
+        with fused_lora.use_backend("triton"):
+            y = layer(x)
+        return [y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "replayed", lambda given, facts, call: call())
+        expected = [step(layer, number) for number in range(5) for layer in layers]
+    monkeypatch.setattr(replay, "_programs", type(replay._programs)())
+    found = [step(layer, number) for number in range(5) for layer in layers]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    programs = list(replay._programs.values())
+    # A layer whose factors are copied by torch is not repeated.
+    assert r == 4 or (len(programs) == 2 and isinstance(programs[0], Program))
