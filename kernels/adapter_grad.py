@@ -115,7 +115,7 @@ def _adapter_grad_kernel(
             tl.store(product_ptrs + ranks[None, :] * stride_dr, product, mask=in_rows & in_ranks)
         if bits_ptr is not None:
             left = kept_by_bits(bits, left)
-            # The copy engine brings no single bytes in ahead.
+            # Nothing else brings single bytes in ahead.
             bits = _bits_of(start + BLOCK_M, bits_ptr, stride_bm, first_inner, M, I, BLOCK_M, BLOCK_I)
         if MASKED_SECOND:
             acc = accumulate(panel.T, left, acc, PRECISION)

@@ -105,7 +105,7 @@ class Program:
 
 def _output(output: _Output, value: Tensor | None) -> Tensor:
     assert value is not None
-    if value.shape == output.shape:
+    if (value.shape, value.stride(), 0) == (output.shape, output.stride, output.offset):
         return value
     return value.as_strided(output.shape, output.stride, output.offset)
 
@@ -118,7 +118,6 @@ class _Live:
     storage_pointer: int
     pointer: int
     dtype: torch.dtype
-    shape: torch.Size
 
 
 class Recording(TorchDispatchMode):
@@ -146,9 +145,7 @@ class Recording(TorchDispatchMode):
 
     def _own(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.live[self.values] = _Live(
-            StorageWeakRef(storage), storage.data_ptr(), tensor.data_ptr(), tensor.dtype, tensor.shape
-        )
+        self.live[self.values] = _Live(StorageWeakRef(storage), storage.data_ptr(), tensor.data_ptr(), tensor.dtype)
         self.values += 1
 
     def _note_releases(self) -> None:
@@ -158,9 +155,7 @@ class Recording(TorchDispatchMode):
 
     def took_flags(self, words: Tensor, count: int) -> None:
         # They are never given back, so that nothing else has their address.
-        self.live[self.values] = _Live(
-            StorageWeakRef(words.untyped_storage()), -1, words.data_ptr(), words.dtype, words.shape
-        )
+        self.live[self.values] = _Live(StorageWeakRef(words.untyped_storage()), -1, words.data_ptr(), words.dtype)
         self.values += 1
         self.events.append(_Flags(count))
 
@@ -201,8 +196,9 @@ class Recording(TorchDispatchMode):
         return Program(tuple(self.events), tuple(outputs))
 
     def _output(self, result: Tensor) -> _Output | None:
+        storage_pointer = result.untyped_storage().data_ptr()
         for value, live in self.live.items():
-            if live.storage_pointer == result.untyped_storage().data_ptr() and live.dtype == result.dtype:
+            if live.storage_pointer == storage_pointer != 0 and live.dtype == result.dtype:
                 offset = (result.data_ptr() - live.pointer) // result.element_size()
                 return _Output(value, tuple(result.shape), result.stride(), offset)
         return None

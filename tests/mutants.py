@@ -50,6 +50,8 @@ FEW_ROWS = "kernels/few_rows_grad.py"
 OWN_PANEL = "kernels/own_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
 NARROW = "kernels/narrow.py"
+REPLAY = "kernels/replay.py"
+LAUNCH = "kernels/launch.py"
 FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
 REPEAT = "fused_lora/repeat.py"
@@ -89,6 +91,8 @@ OVER_RANKS = ("tests/test_extended.py",)
 CROSSED = ("tests/test_extended.py", "-k", "cross")
 COPIED = ("tests/test_extended.py", "-k", "copied")
 LEFT = ("tests/test_extended.py", "-k", "left")
+RECORDED = ("tests/test_replay.py",)
+REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
@@ -133,6 +137,69 @@ MUTANTS = (
     Mutant("rounded across its strides", NARROW, 'strides("ar ak", lora_A)', 'strides("ak ar", lora_A)', ROUNDED),
     Mutant("empty adapters rounded", FUSED, " or min(lora_A.numel(), lora_B.numel()) == 0", "", ROUNDED),
     Mutant("rounded for whoever converts", FUSED, " if reads else (lora_A, lora_B)", "", ROUNDED),
+    Mutant(
+        "a launch that no recorder sees",
+        LAUNCH,
+        "        thread.recorder.repeatable = False\n    named",
+        "        pass\n    named",
+        RECORDED,
+    ),
+    Mutant("repeated in spite of torch's operations", REPLAY, "elif not func.is_view", "elif False", RECORDED),
+    Mutant("one of two tensors at an address", REPLAY, "if len(same) == 1 else", "if same else", RECORDED),
+    Mutant(
+        "memory of unknown origin",
+        REPLAY,
+        "            self.repeatable = False\n            return",
+        "            return",
+        RECORDED,
+    ),
+    Mutant(
+        "pointers without their offset",
+        REPLAY,
+        "arguments[place] = pointers[at.value] + at.offset",
+        "arguments[place] = pointers[at.value]",
+        RECORDED,
+    ),
+    Mutant("repeated with other numbers", REPLAY, "key = (facts, *kinds)", "key = (*kinds,)", RECORDED),
+    Mutant("repeated at any alignment", REPLAY, ", t.data_ptr() % 16) for", ") for", RECORDED),
+    Mutant("repeated for other shapes", REPLAY, "t.shape, t.stride(), t.get", "t.stride(), t.get", RECORDED),
+    Mutant("memory that is never given back", REPLAY, "self.events.append(_Release(value))", "pass", RECORDED),
+    Mutant(
+        "an output as it was allocated",
+        REPLAY,
+        "value.stride(), 0) == (output",
+        "output.stride, output.offset) == (output",
+        RECORDED,
+    ),
+    Mutant("recorded for ever", REPLAY, "len(_programs) > _MOST_PROGRAMS", "False", RECORDED),
+    Mutant("too few words to count in", REPLAY, "_Flags(count))", "_Flags(1))", RECORDED),
+    Mutant("a forward's kind without its scaling", FUSED, '("forward", scaling, *', '("forward", *', REPEATED),
+    Mutant(
+        "a forward's kind without its mask",
+        FUSED,
+        "*dropout_facts(dropout), *enable_lora),",
+        "*enable_lora),",
+        REPEATED,
+    ),
+    Mutant("a backward's kind without its scaling", FUSED, '("backward", scaling, ', '("backward", ', REPEATED),
+    Mutant(
+        "a backward's kind without its dtype",
+        FUSED,
+        '("backward", scaling, dtype, ',
+        '("backward", scaling, ',
+        REPEATED,
+    ),
+    Mutant(
+        "a seed in its first place",
+        FUSED,
+        "(*tensors, None if dropout is None else dropout.seed),",
+        "tensors,",
+        REPEATED,
+    ),
+    Mutant("as many rows for many ranks", DISPATCH, "if trained_r > _MANY_RANKS and", "if False and", CHOICE),
+    Mutant(
+        "panels of any size in one launch", DISPATCH, "* in_features > _LARGEST", "* in_features < _LARGEST", CHOICE
+    ),
     Mutant("overlapping on any new GPU", CONFIG, "in (90, 100)", ">= 90", BESIDE),
     Mutant("beside what nobody waits for", ADAPTER, "            gdc_wait()", "            pass", BESIDE),
     Mutant(

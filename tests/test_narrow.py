@@ -47,6 +47,7 @@ class Narrowed:
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         self.count += 1
+        assert all(factor.numel() > 0 for factor in arguments[:2])
         return narrow(*arguments)
 
 

@@ -18,6 +18,7 @@ import fused_lora
 from fused_lora import fused
 from fused_lora.kernels import launch, replay
 from fused_lora.kernels.replay import Program, replayed
+from fused_lora.reference import Dropout
 
 NAMES = ["a_ptr", "b_ptr", "out_ptr", "n", "scale"]
 
@@ -110,6 +111,24 @@ def test_a_third_call_is_launches_alone(kernel: Compiled) -> None:
     assert work.calls == 2 and kernel.runs == 5 * 3
 
 
+@pytest.mark.parametrize(
+    "view",
+    [lambda t: t.T, lambda t: t[1:], lambda t: t.view(-1), lambda t: t[:, 2]],
+    ids=["transposed", "rows", "flat", "column"],
+)
+def test_an_output_may_be_a_view(kernel: Compiled, view: Callable[[Tensor], Tensor]) -> None:
+    def whole(x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        add(kernel, x, None, out, 1.0)
+        return out
+
+    for _ in range(4):
+        x = some(4, 4)
+        (found,) = replayed((x,), (), lambda x=x: (view(whole(x)),))
+        assert found is not None and torch.equal(found, view(x)) and found.stride() == view(x).stride()
+    assert isinstance(*replay._programs.values(), Program)
+
+
 def test_memory_is_given_back_when_it_was(kernel: Compiled) -> None:
     work = Work(kernel)
     for _ in range(2):
@@ -127,6 +146,7 @@ def test_other_kinds_are_done_from_the_start(kernel: Compiled) -> None:
         work(x, w, 1.0)
     for other in (
         lambda: work(some(8, 4), some(8, 4), 1.0),
+        lambda: work(some(2, 8), some(2, 8), 1.0),
         lambda: work(x, None, 1.0),
         lambda: work(x, w, 2.0),
         lambda: work(some(4 * 8 + 1)[1:].view(4, 8), w, 1.0),
@@ -197,6 +217,35 @@ def test_tensors_at_one_address_are_not_told_apart(kernel: Compiled) -> None:
     assert work.calls == 6
 
 
+def test_words_that_a_launch_counts_in_are_asked_for_each_time(
+    kernel: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stream has its own; here from a pool that gives others each time, which hold a one."""
+    pool = torch.ones(100)
+    taken: list[int] = []
+
+    def words_for(x: Tensor, count: int) -> Tensor:
+        taken.append(count)
+        return pool[8 * len(taken) : 8 * len(taken) + count]
+
+    def counting(x: Tensor) -> tuple[Tensor | None, ...]:
+        words = words_for(x, 3)
+        if launch.thread.recorder is not None:
+            launch.thread.recorder.took_flags(words, 3)
+        sums = x.new_empty(x.shape)
+        add(kernel, x, words, sums, 1.0)
+        add(kernel, words, None, words, 2.0)
+        return (sums,)
+
+    monkeypatch.setattr(replay, "flags_for", words_for)
+    for number in range(1, 6):
+        x = some(3)
+        (sums,) = replayed((x,), (), lambda x=x: counting(x))
+        assert sums is not None and torch.equal(sums, x + 1)
+        assert taken == [3] * number and pool.eq(2).sum() == 3 * number
+    assert kernel.runs == 5 * 2 and isinstance(*replay._programs.values(), Program)
+
+
 def test_launches_elsewhere_are_no_part_of_it(kernel: Compiled) -> None:
     """A recorder is told of its own thread's launches, and of none once its block has ended."""
     work = Work(kernel)
@@ -216,6 +265,31 @@ def test_there_is_a_bound(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> 
     for fact in range(10):
         work(some(4, 8), some(4, 8), float(fact))
     assert len(replay._programs) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what the interpreter's path is told, unused on a GPU")
+def test_the_kind_of_a_forward_and_of_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is given to either, or a number of it, is in what a recording is found by."""
+    told: list[tuple[Any, ...]] = []
+
+    def noting(given: Any, facts: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        told.append((tuple(given), facts))
+        return call()
+
+    monkeypatch.setattr(fused, "replayed", noting)
+    x, weight, bias, dy = torch.randn(8, 16), torch.randn(32, 16), torch.randn(32), torch.randn(8, 32)
+    lora_A, lora_B, seed = torch.randn(4, 16), torch.randn(16, 2), torch.tensor([3])
+    slices = True, False, True, False
+    dropout = Dropout(seed, 77, row_offset=5, column_offset=8)
+    _, xa, bits = fused.forward(x, weight, bias, lora_A, lora_B, scaling=0.75, dropout=dropout, enable_lora=slices)
+    given, facts = told.pop()
+    assert [id(t) for t in given] == [id(t) for t in (x, weight, bias, lora_A, lora_B, seed)]
+    assert facts == ("forward", 0.75, 77, 5, 8, *slices)
+    options = {"bits": bits, "scaling": 0.75, "dtype": torch.float32, "enable_lora": slices}
+    fused.backward(dy, x, weight, lora_A, lora_B, xa, **options)
+    given, facts = told.pop()
+    assert [id(t) for t in given] == [id(t) for t in (dy, x, weight, lora_A, lora_B, xa, bits)]
+    assert facts == ("backward", 0.75, torch.float32, False, *slices)
 
 
 @pytest.mark.gpu
