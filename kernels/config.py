@@ -179,8 +179,15 @@ INTERPRETER = Tiles(
     update=UpdateTile(block_m=16, block_j=32, num_warps=4, num_stages=1),
 )
 
-# Its accumulators lie in a memory of their own, from which a mask would bring them into registers all at once.
-BLACKWELL = replace(HOPPER, linear=replace(HOPPER.linear, extends_masked=False))
+# Its accumulators lie in a memory of their own, from which a mask, or the transposition of the largest masked gradient,
+# would bring them into registers all at once.
+BLACKWELL = replace(
+    HOPPER,
+    linear=replace(HOPPER.linear, extends_masked=False),
+    grad_lora_A=MappingProxyType(
+        HOPPER.grad_lora_A | {128: AdapterGradTile(block_m=64, block_i=64, num_warps=8, num_stages=3, programs=264)}
+    ),
+)
 
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
 
