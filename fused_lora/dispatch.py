@@ -61,7 +61,7 @@ _FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
 # panel in the first wave.
 _FEWEST_OUTPUTS_OF_WAVES = 1 << 24
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
-_MANY_FOR_THEIR_ROWS = Choice(
+_FEW_ROWS_OF_MANY_RANKS = Choice(
     "unfused",
     f"cuBLAS takes less time for fewer than {_FEWEST_ROWS_OF_MANY_RANKS} rows of more than {_MANY_RANKS} ranks",
 )
@@ -203,7 +203,7 @@ def choose_linear(
     if rows < _FEWEST_ROWS:
         return _FEW_ROWS
     if trained_r > _MANY_RANKS and rows < _FEWEST_ROWS_OF_MANY_RANKS:
-        return _MANY_FOR_THEIR_ROWS
+        return _FEW_ROWS_OF_MANY_RANKS
     if rows * min(features) < _FEWEST_OUTPUTS:
         return _FEW_TILES
     if dtype == torch.float32:

@@ -46,34 +46,22 @@ def forward(
     enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
-    tensors = x, weight, bias, lora_A, lora_B
+
+    def launched() -> tuple[Tensor, Tensor, Tensor | None]:
+        if dropout is None:
+            tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
+            if tile is not None and own_panel.takes(x, weight, lora_A):
+                return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
+        A, B = _narrowed(x, weight, lora_A, lora_B)
+        if dropout is None and first_wave.takes(x, weight, A):
+            return *first_wave.forward(x, weight, bias, A, B, scaling, enable_lora), None
+        xa, bits = panel.panel(x, A.T, scaling, dropout)
+        return fused_linear.forward(x, weight, bias, xa, B, enable_lora), xa, bits
+
+    given = x, weight, bias, lora_A, lora_B, None if dropout is None else dropout.seed
+    facts = "forward", scaling, *dropout_facts(dropout), *enable_lora
     with on(x):
-        return replayed(  # type: ignore[return-value]
-            (*tensors, None if dropout is None else dropout.seed),
-            ("forward", scaling, *dropout_facts(dropout), *enable_lora),
-            lambda: _forward(*tensors, scaling, dropout, enable_lora),
-        )
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: Dropout | None,
-    enable_lora: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    if dropout is None:
-        tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
-        if tile is not None and own_panel.takes(x, weight, lora_A):
-            return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
-    lora_A, lora_B = _narrowed(x, weight, lora_A, lora_B)
-    if dropout is None and first_wave.takes(x, weight, lora_A):
-        return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
-    xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
-    return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
+        return replayed(given, facts, launched)  # type: ignore[return-value]
 
 
 def grad_panels(
@@ -116,44 +104,28 @@ def backward(
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
-    tensors = dy, x, weight, lora_A, lora_B, xa, bits
+    overlapping = overlaps(dy.device)
+
+    def launched() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # A db that needs a read of dy by itself can wait until dx's GEMM runs.
+        at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
+        early_xa, later_xa = (xa, None) if at_once else (None, xa)
+        A, B, held = lora_A, lora_B, list[Tensor]()
+        if weight is not None and A is not None and B is not None:
+            A, B = _narrowed(dy, weight, A, B)
+        dyb, db = adapter_grad.grad_panels(dy, B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
+        if dyb is None or weight is None or A is None:
+            dx, beside = None, False
+        else:
+            # An empty dx is not launched.
+            beside = not (x is None and later_xa is None) and overlapping and dy.numel() * weight.numel() > 0
+            dx = fused_linear.grad_input(dy, weight, dyb, A, bits, held=held if beside else None)
+        da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
+        return dx, da, db if at_once else later_db
+
+    given, facts = (dy, x, weight, lora_A, lora_B, xa, bits), ("backward", scaling, dtype, overlapping, *enable_lora)
     with on(dy):
-        overlapping = overlaps(dy.device)
-        return replayed(  # type: ignore[return-value]
-            tensors,
-            ("backward", scaling, dtype, overlapping, *enable_lora),
-            lambda: _backward(*tensors, scaling, dtype, enable_lora, overlapping),
-        )
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    xa: Tensor | None,
-    bits: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-    enable_lora: Sequence[bool],
-    overlapping: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    # A db that needs a read of dy by itself can wait until dx's GEMM runs.
-    at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
-    early_xa, later_xa = (xa, None) if at_once else (None, xa)
-    if lora_B is not None and weight is not None and lora_A is not None:
-        lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
-    dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
-    held = list[Tensor]()
-    if dyb is None or weight is None or lora_A is None:
-        dx, beside = None, False
-    else:
-        # An empty dx is not launched.
-        beside = not (x is None and later_xa is None) and overlapping and dy.numel() * weight.numel() > 0
-        dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, held=held if beside else None)
-    da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
-    return dx, da, db if at_once else later_db
+        return replayed(given, facts, launched)  # type: ignore[return-value]
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

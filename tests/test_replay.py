@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,37 +158,35 @@ def test_other_kinds_are_done_from_the_start(kernel: Compiled) -> None:
 
 
 OUTSIDE = torch.zeros(4, 8)
+WITHIN = {
+    "nothing": (lambda kernel, first: None, 2),
+    "a view": (lambda kernel, first: first.T, 2),
+    "a launch": (lambda kernel, first: add(kernel, first, None, first, 1.0), 2),
+    "a launch by another thread": (
+        lambda kernel, first: in_a_thread(lambda: add(kernel, OUTSIDE, None, OUTSIDE, 1.0)),
+        2,
+    ),
+    "an operation in place": (lambda kernel, first: first.mul_(1), 6),
+    "an allocation by torch": (lambda kernel, first: torch.ones(3), 6),
+    "a launch in memory from outside": (lambda kernel, first: add(kernel, OUTSIDE, None, OUTSIDE, 1.0), 6),
+    "a launch of another's plan": (lambda kernel, first: launch.launch_again(ANOTHERS, [first, None, first]), 6),
+}
+ANOTHERS = SimpleNamespace(launch=lambda given: None)
 
 
-@pytest.mark.parametrize(
-    "within",
-    [
-        lambda first, w: first.zero_(),
-        lambda first, w: torch.ones(3),
-        lambda first, w: add(Compiled(), OUTSIDE, None, OUTSIDE, 0.0),
-        lambda first, w: launch._plans.popitem() and add(WITHOUT_PLAN, first, None, first, 1.0),
-    ],
-    ids=["an operation on it", "an allocation by torch", "memory from outside", "a kernel without a plan"],
-)
-def test_what_else_happens_makes_a_call_one_that_is_not_repeated(
-    kernel: Compiled, within: Callable[[Tensor, Tensor | None], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def harmless(first: Tensor, w: Tensor | None) -> None:
-        kept = first.clone()
-        within(first, w)
-        first.copy_(kept)
-
-    quiet = Work(kernel, within=None)
-    for _ in range(3):
-        quiet(some(4, 8), some(4, 8), 0.0)
-    assert quiet.calls == 2
-    work = Work(kernel, harmless)
-    for _ in range(4):
-        work(some(4, 8), some(4, 8), 1.0)
-    assert work.calls == 4
+def in_a_thread(call: Callable[[], None]) -> None:
+    thread = Thread(target=call)
+    thread.start()
+    thread.join()
 
 
-WITHOUT_PLAN = Compiled()
+@pytest.mark.parametrize("what", WITHIN)
+def test_a_call_in_which_anything_else_happens_is_not_repeated(kernel: Compiled, what: str) -> None:
+    within, calls = WITHIN[what]
+    work = Work(kernel, lambda first, w: within(kernel, first))
+    for _ in range(6):
+        work(some(4, 8), some(4, 8))
+    assert work.calls == calls
 
 
 def test_a_kernel_without_a_plan_is_not_forgotten(kernel: Compiled) -> None:
@@ -246,8 +245,7 @@ def test_words_that_a_launch_counts_in_are_asked_for_each_time(
     assert kernel.runs == 5 * 2 and isinstance(*replay._programs.values(), Program)
 
 
-def test_launches_elsewhere_are_no_part_of_it(kernel: Compiled) -> None:
-    """A recorder is told of its own thread's launches, and of none once its block has ended."""
+def test_no_recorder_stays_behind(kernel: Compiled) -> None:
     work = Work(kernel)
     for _ in range(2):
         work(some(4, 8), some(4, 8))
@@ -324,6 +322,5 @@ def test_the_same_bits_as_from_the_start(
     found = [step(layer, number) for number in range(5) for layer in layers]
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    programs = list(replay._programs.values())
     # A layer whose factors are copied by torch is not repeated.
-    assert r == 4 or (len(programs) == 2 and isinstance(programs[0], Program))
+    assert r == 4 or [type(program) for program in replay._programs.values()] == [Program, Program]
