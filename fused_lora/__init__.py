@@ -5,7 +5,8 @@ from .adapter import Adapter, AdapterLayer
 from .adapter_file import AdapterConfig, adapter_configs, load_adapter, save_adapter
 from .adapter_io import load_state_dict_from_safetensors, read_adapter, write_adapter
 from .convert import Replaced, convert, unconvert
-from .dispatch import Choice, batch_invariant, count_paths, explain, use_backend
+from .dispatch import Choice, batch_invariant, count_paths, use_backend
+from .explanation import explain
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, LoRALayer, MergedLinear
 from .merge_file import merge_file
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict

@@ -37,7 +37,8 @@ def forward(
     """
     rows, in_features = x.shape
     with on(x):
-        tile = decode_tile(x.device, x.dtype, tiles_for_rows or rows, in_features, len(weight), len(lora_A))
+        sizes = tiles_for_rows or rows, in_features, len(weight), len(lora_A)
+        tile = decode_tile(x.device, x.dtype, *sizes, dropout is not None)
         return decode(
             x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora, dropout=dropout, keep_panel=keep_panel
         )

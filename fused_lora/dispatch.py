@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Backend = Literal["auto", "reference", "triton", "unfused", "decode"]
 _BACKENDS = get_args(Backend)
@@ -42,37 +42,6 @@ class Choice:
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
-
-# Measured on Hopper; see benchmarks/NOTES.md.
-_FEWEST_ROWS = 2048
-_FEWEST_OUTPUTS = 1 << 21
-# Of a layer that trains, with more ranks in a slice than the first of these. And the elements of the largest lora_A of
-# so many ranks which one launch reads for more than _FEW_DECODED rows.
-_MANY_RANKS, _FEWEST_ROWS_OF_MANY_RANKS, _LARGEST_DECODED_FACTOR = 64, 4096, 1 << 19
-# Rows of a forward without a mask on Hopper, and of whatever else is bound by reading the weight.
-_UNMASKED_DECODED, _FEW_DECODED = 512, 64
-# Of a forward alone, on Hopper, with more rows: no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and
-# outputs together less than the last.
-_FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 1 << 25
-# Which part of the multiprocessors that launch must keep busy.
-_BUSY = 0.8
-_FEWEST_ROWS_OF_FEW_OUTPUTS = 4096
-# Of rows and outputs together, of a forward alone; with fewer, one launch takes as little time as two that compute the
-# panel in the first wave.
-_FEWEST_OUTPUTS_OF_WAVES = 1 << 24
-_FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
-_FEW_ROWS_OF_MANY_RANKS = Choice(
-    "unfused",
-    f"cuBLAS takes less time for fewer than {_FEWEST_ROWS_OF_MANY_RANKS} rows of more than {_MANY_RANKS} ranks",
-)
-_FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
-_WIDE = Choice("unfused", "cuBLAS takes less time for float32")
-_ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
-_FEW_DECODED_ROWS = Choice("decode", "one launch takes less time for few rows")
-_DECODED_ALONE = Choice("decode", "one launch takes less time where no gradient is wanted")
-_FEW_OUTPUTS = Choice("triton", "outputs are so few that each tile computes its own panel")
-_ASKED_TO_DECODE = Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
-_INVARIANT = Choice("batch_invariant", "batch_invariant() is in force")
 
 # For the whole process, as torch's own backend flags are: activation checkpointing runs forward again on autograd's
 # threads. Dynamo guards on a module's globals, so that compiled functions follow it.
@@ -182,118 +151,6 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     return Choice("reference", obstacle)
 
 
-@lru_cache(maxsize=1024)
-def choose_linear(
-    request: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    rows: int,
-    *features: int,
-    trained_r: int = 0,
-) -> Choice:
-    """The path of a linear layer, or its backward, for this many rows and between these numbers of features.
-
-    Where both would run, the kernels or cuBLAS, whichever takes less time; as measured in benchmarks/NOTES.md.
-    trained_r: ranks in a slice of a layer that trains.
-    """
-    choice = choose(request, device, dtype, adapter_dtype)
-    if request != "auto" or choice.path != "triton":
-        return choice
-    if rows < _FEWEST_ROWS:
-        return _FEW_ROWS
-    if trained_r > _MANY_RANKS and rows < _FEWEST_ROWS_OF_MANY_RANKS:
-        return _FEW_ROWS_OF_MANY_RANKS
-    if rows * min(features) < _FEWEST_OUTPUTS:
-        return _FEW_TILES
-    if dtype == torch.float32:
-        return _WIDE
-    return _ODD if any(size % 16 != 0 for size in features) else choice
-
-
-@lru_cache(maxsize=1024)
-def choose_forward(
-    request: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    *,
-    ranks: int,
-    r: int = 0,
-    drops: bool,
-    trains: bool,
-) -> Choice:
-    """The path of a linear layer's forward, which draws a mask or not, and keeps something for a backward or not.
-
-    ranks: of all its slices together; r: of one, or 0 for few. As measured in benchmarks/NOTES.md.
-    """
-    if request == BATCH_INVARIANT:
-        return _INVARIANT
-    choice = choose_linear(
-        request, device, dtype, adapter_dtype, rows, in_features, out_features, trained_r=r if trains else 0
-    )
-    if not _decodes(request, choice, dtype, in_features, out_features):
-        return choice
-    if request == "decode":
-        return _ASKED_TO_DECODE
-    if drops or torch.cuda.get_device_capability(device) != (9, 0):
-        return _FEW_DECODED_ROWS if rows <= _FEW_DECODED else choice
-    from .kernels import decode_tiles, first_wave, own_panel
-
-    sizes = rows, in_features, out_features
-    if ranks <= own_panel.MOST_RANKS and own_panel.tile_of(device, dtype, *sizes):
-        return _FEW_OUTPUTS
-    if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
-        return choice
-    busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
-    if rows > _FEW_DECODED and ranks > _MANY_RANKS and ranks * in_features > _LARGEST_DECODED_FACTOR:
-        return choice
-    if rows <= _UNMASKED_DECODED:
-        return _FEW_DECODED_ROWS if busy else choice
-    if trains or rows * out_features >= _TOO_MUCH_DECODED:
-        return choice
-    most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
-    if busy and _FEWEST_DECODED_OUTPUTS <= out_features <= most:
-        return _DECODED_ALONE
-    few = out_features < _FEWEST_DECODED_OUTPUTS and rows < _FEWEST_ROWS_OF_FEW_OUTPUTS
-    return _FEW_TILES if few else choice
-
-
-@lru_cache(maxsize=1024)
-def choose_backward(
-    request: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    rows: int,
-    *features: int,
-    r: int = 0,
-    plain: bool,
-) -> Choice:
-    """The path of its backward; plain: whether dx is wanted, of a layer with one adapter for all outputs.
-
-    r: ranks in a slice, or 0 for few.
-    """
-    choice = choose_linear(request, device, dtype, adapter_dtype, rows, *features, trained_r=r)
-    if not plain or not _decodes(request, choice, dtype, *features):
-        return choice
-    if request == "decode":
-        return _ASKED_TO_DECODE
-    # Nowhere else was it measured.
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return _FEW_DECODED_ROWS if hopper and rows <= _FEW_DECODED else choice
-
-
-def _decodes(request: str, choice: Choice, dtype: torch.dtype, *features: int) -> bool:
-    """Whether one launch for the most of it can be what takes the least time, or was asked for."""
-    if choice.path == "reference" or request not in ("auto", "decode"):
-        return False
-    return request == "decode" or (dtype.itemsize == 2 and not any(size % 16 for size in features))
-
-
 @lru_cache(maxsize=64)
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
@@ -316,38 +173,6 @@ def obstacle_to_kernels(device: torch.device, dtype: torch.dtype, adapter_dtype:
     if capability < (8, 0):
         return f"{device} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
     return None
-
-
-def explain(layer: nn.Module, x: Tensor) -> Choice:
-    """Says which path `layer(x)` would take now, and why, without computing anything.
-
-    layer: a fused_lora layer. x: its input; only shape, device and dtype are read. A convolution itself is torch's
-    in any case; the path is that of its effective weight.
-    Raises TypeError if layer is no LoRA layer, and what the call itself would raise for a forced path.
-    """
-    r, merged, lora_A = (getattr(layer, name, None) for name in ("r", "merged", "lora_A"))
-    if r is None or merged is None:
-        raise TypeError(f"layer is a {type(layer).__name__}; expected a fused_lora layer.")
-    if invariant_blocks and isinstance(layer, nn.Linear):
-        return _INVARIANT
-    if lora_A is None:
-        return Choice("plain", "this layer has no adapter")
-    if merged:
-        return Choice("plain", "the adapter is merged into the weight")
-    if not isinstance(layer, nn.Linear):
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return choose(requested_backend(), weight.device, weight.dtype, lora_A.dtype)
-    cast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
-    adapter_dtype = lora_A.dtype if cast is None or lora_A.dtype == torch.float32 else cast
-    rows = x.numel() // max(1, layer.in_features)
-    features = layer.in_features, layer.out_features
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters()))
-    dropout = layer.lora_dropout
-    # With a probability of 1 there is no term to mask.
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and 0 < dropout.p < 1
-    dtypes = cast or x.dtype, adapter_dtype
-    kind = {"ranks": len(lora_A), "r": r, "drops": drops, "trains": wants_gradient}
-    return choose_forward(requested_backend(), x.device, *dtypes, rows, *features, **kind)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

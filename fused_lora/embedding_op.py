@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose, choose_linear
+from .dispatch import choose
+from .linear_choice import choose_linear
 from .ops import (
     differentiates,
     direct,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, own_panel, panel
-from .kernels.config import overlaps
-from .kernels.launch import dropout_facts
+from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, mask, own_panel, panel
+from .kernels.config import overlaps, scaled
+from .kernels.few_rows_grad import few_rows_grad
 from .kernels.lookup import tiles_for
 from .kernels.narrow import narrow
-from .kernels.replay import replayed
-from .reference import Dropout
+from .kernels.replay import Results, replayed
+from .reference import Dropout, in_dtype, product
 
+# For more ranks of all slices together cuBLAS makes a panel in less time, of a masked x too.
+_FEW_RANKS, _FEW_MASKED_RANKS = 32, 64
+# For at most so many rows of many ranks, one launch for both of an adapter's gradients takes less time than several
+# beside dx's GEMM.
+_FEW_ROWS, _FEW_MASKED_ROWS = 2048, 1024
 _HERE: AbstractContextManager[object] = nullcontext()
 
 
@@ -24,6 +29,17 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():
         return _HERE
     return torch.cuda.device(tensor.device)
+
+
+def repeated(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: Callable[[], Results]) -> Results:
+    """call's results, without the way to them where it was called before for the same facts and kinds of tensors.
+
+    See `replayed`; what is given first is there.
+    """
+    like = given[0]
+    assert like is not None
+    with on(like):
+        return replayed(given, facts, call)
 
 
 def _narrowed(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,21 +63,24 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
 
-    def launched() -> tuple[Tensor, Tensor, Tensor | None]:
+    with on(x):
         if dropout is None:
             tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))
             if tile is not None and own_panel.takes(x, weight, lora_A):
                 return *own_panel.forward(x, weight, bias, lora_A, lora_B, scaling, tile, enable_lora), None
-        A, B = _narrowed(x, weight, lora_A, lora_B)
-        if dropout is None and first_wave.takes(x, weight, A):
-            return *first_wave.forward(x, weight, bias, A, B, scaling, enable_lora), None
-        xa, bits = panel.panel(x, A.T, scaling, dropout)
-        return fused_linear.forward(x, weight, bias, xa, B, enable_lora), xa, bits
-
-    given = x, weight, bias, lora_A, lora_B, None if dropout is None else dropout.seed
-    facts = "forward", scaling, *dropout_facts(dropout), *enable_lora
-    with on(x):
-        return replayed(given, facts, launched)  # type: ignore[return-value]
+        lora_A, lora_B = _narrowed(x, weight, lora_A, lora_B)
+        if dropout is None and first_wave.takes(x, weight, lora_A):
+            return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
+        ranks, half = len(lora_A), x.dtype.itemsize == 2
+        if dropout is None and half and ranks > _FEW_RANKS:
+            xa, bits = product(x, in_dtype(lora_A, x.dtype).t(), scaling), None
+        elif dropout is not None and half and ranks > _FEW_MASKED_RANKS:
+            dropped, bits = mask.drop(x, dropout)
+            xa = product(dropped, in_dtype(lora_A, x.dtype).t(), scaling / dropout.keep_probability)
+            del dropped
+        else:
+            xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
+        return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits
 
 
 def grad_panels(
@@ -104,28 +123,29 @@ def backward(
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
-    overlapping = overlaps(dy.device)
-
-    def launched() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        # A db that needs a read of dy by itself can wait until dx's GEMM runs.
-        at_once = lora_B is None or lora_B.shape[1] <= adapter_grad.FUSED_RANK
-        early_xa, later_xa = (xa, None) if at_once else (None, xa)
-        A, B, held = lora_A, lora_B, list[Tensor]()
-        if weight is not None and A is not None and B is not None:
-            A, B = _narrowed(dy, weight, A, B)
-        dyb, db = adapter_grad.grad_panels(dy, B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
-        if dyb is None or weight is None or A is None:
-            dx, beside = None, False
-        else:
-            # An empty dx is not launched.
-            beside = not (x is None and later_xa is None) and overlapping and dy.numel() * weight.numel() > 0
-            dx = fused_linear.grad_input(dy, weight, dyb, A, bits, held=held if beside else None)
-        da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
-        return dx, da, db if at_once else later_db
-
-    given, facts = (dy, x, weight, lora_A, lora_B, xa, bits), ("backward", scaling, dtype, overlapping, *enable_lora)
+    many = lora_B is not None and lora_B.shape[1] > adapter_grad.FUSED_RANK
+    by_cublas = many and len(enable_lora) == 1 and dy.dtype.itemsize == 2
+    in_one_launch = by_cublas and len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
+    # A db that needs a read of dy by itself can wait until dx's GEMM runs.
+    early_xa, later_xa = (None, xa) if many else (xa, None)
+    overlapping, beside, held = overlaps(dy.device), False, list[Tensor]()
+    dx = dyb = db = None
     with on(dy):
-        return replayed(given, facts, launched)  # type: ignore[return-value]
+        if weight is not None and lora_A is not None and lora_B is not None:
+            lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
+        if lora_B is not None and by_cublas:
+            dyb = product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
+        else:
+            dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
+        if dyb is not None and weight is not None and lora_A is not None:
+            # An empty dx is not launched.
+            beside = overlapping and not in_one_launch and dy.numel() * weight.numel() > 0
+            beside = beside and not (x is None and later_xa is None)
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, held=held if beside else None)
+        if dyb is not None and in_one_launch:
+            return dx, *few_rows_grad(dy, dyb, x, xa, bits, dtype)
+        da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
+    return dx, da, later_db if many else db
 
 
 def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import BATCH_INVARIANT, autocasts, choose_backward, choose_forward
+from .dispatch import BATCH_INVARIANT, autocasts
+from .linear_choice import choose_backward, choose_forward
 from .ops import (
     differentiates,
     direct,
@@ -24,6 +25,7 @@ from .ops import (
     module_of,
     once_differentiable,
     register,
+    repeated,
 )
 from .reference import Dropout, dropout_threshold
 
@@ -53,17 +55,20 @@ def _compute(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, its panel xa, and the mask's bits where there is dropout."""
-    dropout = None
-    if seed is not None and (threshold := dropout_threshold(dropout_p)) > 0:
-        dropout = Dropout(seed, threshold, row_offset, column_offset)
-    sizes = (*x.shape, weight.shape[0])
-    kind = {"ranks": lora_A.shape[0], "r": lora_B.shape[1], "drops": dropout is not None, "trains": not inference}
-    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, *sizes, **kind)
-    options = {"keep_panel": False} if inference and choice.path == "decode" else {}
-    computed: tuple[Tensor, Tensor, Tensor | None] = module_of("forward", choice).forward(
-        x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora, **options
-    )
-    return computed
+    threshold = 0 if seed is None else dropout_threshold(dropout_p)
+    kind = {"ranks": lora_A.shape[0], "drops": threshold > 0, "trains": not inference}
+    choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, *x.shape, weight.shape[0], **kind)
+    module = module_of("forward", choice)
+
+    def call() -> tuple[Tensor, Tensor, Tensor | None]:
+        dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold, row_offset, column_offset)
+        options = {"keep_panel": False} if inference and choice.path == "decode" else {}
+        return module.forward(  # type: ignore[no-any-return]
+            x, weight, bias, lora_A, lora_B, scaling=scaling, dropout=dropout, enable_lora=enable_lora, **options
+        )
+
+    facts = "forward", choice.path, inference, scaling, threshold, row_offset, column_offset, *enable_lora
+    return repeated(choice, (x, weight, bias, lora_A, lora_B, seed), facts, call)
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,12 +104,16 @@ def _gradients(
     read = weight if x is None else x
     features = () if read is None else read.shape[1:]
     plain = weight is not None and lora_A is not None and lora_B is not None and len(enable_lora) == 1
-    r = 0 if lora_B is None else lora_B.shape[1]
-    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, r=r, plain=plain)
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = module_of("backward", choice).backward(
-        dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
-    )
-    return gradients
+    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, plain=plain)
+    module = module_of("backward", choice)
+
+    def call() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return module.backward(  # type: ignore[no-any-return]
+            dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
+        )
+
+    facts = "backward", choice.path, scaling, dtype, *enable_lora
+    return repeated(choice, (dy, x, weight, lora_A, lora_B, xa, bits), facts, call)
 
 
 def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -8,17 +8,19 @@ without their ops, which saves the dispatcher's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .dispatch import Choice, autocasts, count
+
+T = TypeVar("T")
 
 lib = torch.library.Library("fused_lora", "DEF")
 _MODULES = {
@@ -28,6 +30,7 @@ _MODULES = {
     "decode": ".decoding",
     "batch_invariant": ".invariant",
 }
+_REPEATED = ("triton", "unfused", "decode")
 _PLAIN = (Tensor, nn.Parameter)
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -36,6 +39,18 @@ def module_of(op: str, choice: Choice) -> ModuleType:
     """The module of a path, each with the same functions, as far as it has them; the first use imports Triton."""
     count(op, choice.path)
     return _module(choice.path)
+
+
+def repeated(
+    choice: Choice,
+    given: Sequence[Tensor | None],
+    facts: tuple[Hashable, ...],
+    call: Callable[[], T],
+) -> T:
+    """call's results; where kernels compute them, from a recording if there is one. See `fused.repeated`."""
+    if choice.path not in _REPEATED:
+        return call()
+    return _module("triton").repeated(given, facts, call)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=8)

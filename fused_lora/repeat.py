@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import choose, choose_forward, counted, requested_backend
+from .dispatch import choose, counted, requested_backend
 from .kernels.lookup import tiles_in_force
+from .linear_choice import choose_forward
 from .ops import direct
 
 # Of x, weight (whichever way it is stored), bias, lora_A and lora_B; or of weight, lora_A, lora_B and what is known.

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from .fused import effective_weight, embedding, on
 from .kernels import mask
+from .kernels.config import scaled
+from .kernels.few_rows_grad import few_rows_grad
 from .reference import Dropout, in_dtype, product
 
 __all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels"]
+
+
+# For at most so many, one launch for both of an adapter's gradients takes less time than cuBLAS twice, which reads a
+# masked x that must be written first.
+_FEW_ROWS, _FEW_MASKED_ROWS = 1024, 512
 
 
 def _enabled(matrix: Tensor, enable_lora: Sequence[bool]) -> list[Tensor]:
@@ -50,7 +57,7 @@ def forward(
             dropped, bits = mask.drop(x, dropout)
             scaling /= dropout.keep_probability
         xa = product(dropped, in_dtype(lora_A, x.dtype).t(), scaling)
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         lora_B = in_dtype(lora_B, x.dtype)
         if len(enable_lora) == 1:
             y.addmm_(xa, lora_B.t())
@@ -113,6 +120,9 @@ def backward(
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     dx, da, kept = None, None, x
     with on(dy):
+        few = len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
+        if lora_B is not None and few and len(enable_lora) == 1 and dy.dtype.itemsize == 2:
+            return _few_rows_backward(dy, x, weight, lora_A, lora_B, xa, bits, scaling, dtype)
         dyb, db = grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype, enable_lora=enable_lora)
         if dyb is None:
             return None, None, db
@@ -127,6 +137,27 @@ def backward(
         if kept is not None:
             da = _product(dyb.t(), kept, dtype)
     return dx, da, db
+
+
+def _few_rows_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    xa: Tensor | None,
+    bits: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx, dyb = None, product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
+    if weight is not None and lora_A is not None:
+        dx = torch.mm(dy, weight)
+        if bits is None:
+            dx.addmm_(dyb, in_dtype(lora_A, dy.dtype))
+        else:
+            mask.add_kept_(dx, dyb, lora_A, bits, None)
+    return dx, *few_rows_grad(dy, dyb, x, xa, bits, dtype)
 
 
 def _joined(pieces: list[Tensor], dim: int) -> Tensor:

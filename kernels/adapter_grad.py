@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, kept_by_bits
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import AdapterGradTile, rank_block
+from .config import AdapterGradTile, rank_block, scaled
 from .launch import cdiv, input_precision, launch, stated_work, strides
 from .lookup import tiles_for
 from .panel import panel as compute_panel
@@ -31,6 +31,8 @@ from .reduce import reduce
 
 # Beyond this rank the partial sums of dyb weigh more than a second read of dy; measured in benchmarks/NOTES.md.
 FUSED_RANK = 32
+# Of so many, a masked gradient takes less time beside a GEMM if it is not divided, which spares the sum.
+FEW_ROWS = 1024
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +159,10 @@ def _launch(
     block_r = rank_block(R)
     grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, block_r)
     steps = cdiv(M, tile.block_m)
-    rows = tile.block_m * cdiv(steps, min(steps, max(1, tile.programs // (enabled * grid_i * grid_r))))
+    programs = tile.programs
+    if bits is not None and scaled(FEW_ROWS, left.device) >= M:
+        programs = 1
+    rows = tile.block_m * cdiv(steps, min(steps, max(1, programs // (enabled * grid_i * grid_r))))
     splits = cdiv(M, rows)
     shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
     grad = left.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)

@@ -137,8 +137,8 @@ HOPPER = Tiles(
     drawn_panel=_by_rank(
         PanelTile(block_m=16, block_i=128, num_warps=2, num_stages=5),
         PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
-        PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
-        PanelTile(block_m=64, block_i=128, num_warps=8, num_stages=3),
+        PanelTile(block_m=32, block_i=128, num_warps=4, num_stages=4),
+        PanelTile(block_m=32, block_i=128, num_warps=8, num_stages=4),
     ),
     adapter_grad=_by_rank(
         AdapterGradTile(block_m=64, block_i=256, num_warps=8, num_stages=4, programs=132),
@@ -198,6 +198,17 @@ def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 6
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scaled(rows: int, device: torch.device) -> int:
+    """A bound on rows; for a CPU a 32nd of it, so that tests in the interpreter come to both sides."""
+    return rows if device.type != "cpu" else rows // 32
+
+
+def filled(device: torch.device, tiles: int, others: int = 0) -> float:
+    """Which part of its multiprocessors computes tiles until the last of them, and of the other programs, is done."""
+    at_once = processors(device)
+    return tiles / (-(-(tiles + others) // at_once) * at_once)
 
 
 @lru_cache(maxsize=64)

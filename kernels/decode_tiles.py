@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import torch
 
-from .config import capability, processors
+from .config import capability, filled, processors
 from .launch import cdiv
 
 
@@ -112,16 +112,37 @@ TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
 FEW_RANKS, FEWEST_ROWS_OF_PANELS = 32, 17
 
 
+# And where a mask is drawn for the panel: rows from which that takes longer than reading the weight does in so few
+# parts that these times the outputs are less than the last; then so many programs draw.
+FEWEST_DRAWN_ROWS, DRAWING_PROGRAMS, HIDDEN_PARTS = 65, 64, 26_000
+MOST_PARTS = 64
+
+
 @lru_cache(maxsize=1024)
 def decode_tile(
-    device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int, ranks: int
+    device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int, ranks: int, drawn: bool = False
 ) -> DecodeTile:
-    """The tile for an input [rows, inputs], a panel [rows, ranks] and an output [rows, outputs]."""
+    """The tile for an input [rows, inputs], a panel [rows, ranks] and an output [rows, outputs].
+
+    drawn: whether the panel's programs draw a mask.
+    """
     if device.type == "cpu":
         return INTERPRETER
     if dtype.itemsize == 4 or inputs % 16 != 0 or outputs % 16 != 0:
         return IRREGULAR
-    return fitted(capability(device), processors(device), rows, outputs, ranks)
+    tile = fitted(capability(device), processors(device), rows, outputs, ranks)
+    if drawn and capability(device) == 90 and rows >= FEWEST_DRAWN_ROWS:
+        return drawing(tile, processors(device), rows, inputs, outputs)
+    return tile
+
+
+def drawing(tile: DecodeTile, processors: int, rows: int, inputs: int, outputs: int) -> DecodeTile:
+    """The tile with parts enough for a mask on an input [rows, inputs] to be drawn beside an output [rows, outputs]."""
+    panels = cdiv(rows, tile.panel_rows)
+    programs = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n) * tile.splits + panels * tile.parts
+    if programs <= processors and tile.parts * outputs >= HIDDEN_PARTS:
+        return tile
+    return replace(tile, parts=max(1, min(DRAWING_PROGRAMS // panels, inputs // tile.panel_k, MOST_PARTS)))
 
 
 def fitted(capability: int, processors: int, rows: int, outputs: int, ranks: int = 0) -> DecodeTile:
@@ -137,11 +158,10 @@ def fitted(capability: int, processors: int, rows: int, outputs: int, ranks: int
 
 def kept_busy(device: torch.device, rows: int, outputs: int) -> float:
     """Which part of the multiprocessors computes tiles until the last one is done; 1 if all programs run at once."""
-    at_once = processors(device)
-    tile = fitted(capability(device), at_once, rows, outputs)
+    tile = fitted(capability(device), processors(device), rows, outputs)
     tiles = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n) * tile.splits
-    waves = cdiv(tiles + cdiv(rows, tile.panel_rows) * tile.parts, at_once)
-    return 1.0 if waves <= 1 else tiles / (waves * at_once)
+    panels = cdiv(rows, tile.panel_rows) * tile.parts
+    return 1.0 if tiles + panels <= processors(device) else filled(device, tiles, panels)
 
 
 def _at_once(tile: DecodeTile, rows: int, outputs: int, processors: int) -> DecodeTile | None:

@@ -1,7 +1,7 @@
 """Both of an adapter's gradients from few rows in one launch: da = dyb.T @ (keep * x) and db = dy.T @ xa.
 
-A program owns BLOCK_I columns of x or of dy and reads all of their rows, which makes sense for few only: with more,
-adapter_grad.py divides the rows too.
+A program owns BLOCK_I columns of x or of dy and reads all of their rows, which makes sense for a thousand at most: with
+more, adapter_grad.py divides the rows too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ._dropout import bit_ptrs, in_bits, unpacked
 from .config import rank_block
 from .launch import cdiv, input_precision, launch, stated_work, strides
 
-BLOCK_M = 32
+# Rows of a step and stages of its loop: of the fewest rows, and of more.
+FEWEST_ROWS, STEP_OF_FEWEST, STEP = 64, (32, 2), (64, 3)
 BLOCK_I = 64
 
 
@@ -105,7 +106,7 @@ def few_rows_grad(
     precision = input_precision(dy.dtype)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
-        block_r = rank_block(R)
+        block_r, (block_m, num_stages) = rank_block(R), STEP_OF_FEWEST if M <= FEWEST_ROWS else STEP
         return (tiles, cdiv(R, block_r)), dict(
             **strides("xm xk", x),
             **strides("dm dr", dyb),
@@ -115,8 +116,8 @@ def few_rows_grad(
             **strides("xam xar", xa),
             **strides("bn br", db),
             M=M, K=K, N=N, R=R,
-            BLOCK_M=BLOCK_M, BLOCK_I=BLOCK_I, BLOCK_R=block_r, PRECISION=precision,
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+            BLOCK_M=block_m, BLOCK_I=BLOCK_I, BLOCK_R=block_r, PRECISION=precision,
+            num_warps=4, num_stages=num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     tensors = {"x_ptr": x, "dyb_ptr": dyb, "bits_ptr": bits, "dy_ptr": dy, "xa_ptr": xa}

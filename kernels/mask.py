@@ -93,7 +93,7 @@ def _launch(
     some = total if x is None else x
     assert some is not None
     M, K = some.shape
-    out = None if x is None else torch.empty_like(x)
+    out = None if x is None else x.new_empty(x.shape)
     if M == 0 or K == 0:
         return out
     precision = "ieee" if panel is None else input_precision(some.dtype)

@@ -2,8 +2,9 @@
 
 Most of the host's time in a forward or a backward goes into finding out what to launch, which follows from dtypes,
 shapes, strides, alignments and a few numbers. The second time that the same of them come, it is written down what is
-allocated, launched and given back, in this order; from then on that is done for other tensors. A call in which anything
-else happens, an operation of torch's or a launch in memory of unknown origin, is never repeated.
+allocated, launched, multiplied by torch and given back, in this order; from then on that is done for other tensors. A
+call in which anything else happens, another operation of torch's or a launch in memory of unknown origin, is never
+repeated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from .lookup import tiles_in_force
 
 Results = tuple[Tensor | None, ...]
 
+# What of torch's is repeated, and how it is called, which takes less time by its public name.
+_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.mm.dtype: torch.ops.aten.mm.dtype,
+    torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.addmm_.default: Tensor.addmm_,
+    torch.ops.aten._to_copy.default: torch.ops.aten._to_copy.default,
+}
 _MOST_PROGRAMS = 1024
 _ONCE, _NEVER = "seen once", "not to be repeated"
 _programs: OrderedDict[Hashable, Program | str] = OrderedDict()
@@ -65,17 +74,44 @@ class _Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Output:
+class _View:
+    """A value, or a view of it."""
+
     value: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int  # in elements
+    whole: bool
+
+    def of(self, values: Sequence[Tensor | None]) -> Tensor:
+        value = values[self.value]
+        assert value is not None
+        if self.whole:
+            return value
+        return value.as_strided(self.shape, self.stride, value.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """One of torch's, of views and constants; a value where it does not work in place."""
+
+    function: Callable[..., Tensor]
+    operands: tuple[Any, ...]
+    options: dict[str, Any]
+    in_place: bool
+
+    def of(self, values: Sequence[Tensor | None]) -> Tensor:
+        operands = [each.of(values) if isinstance(each, _View) else each for each in self.operands]
+        return self.function(*operands, **self.options)
+
+
+_Event = _Allocation | _Flags | _Release | _Launch | _Operation
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    events: tuple[_Allocation | _Flags | _Release | _Launch, ...]
-    outputs: tuple[_Output | None, ...]
+    events: tuple[_Event, ...]
+    outputs: tuple[_View | None, ...]
 
     def __call__(self, given: Sequence[Tensor | None]) -> Results:
         """The outputs for these tensors, on their stream; the first of them is none that is not there."""
@@ -94,20 +130,17 @@ class Program:
             elif isinstance(event, _Release):
                 values[event.value] = None
             else:
-                made = flags_for(like, event.count) if isinstance(event, _Flags) else None
-                if isinstance(event, _Allocation):
+                if isinstance(event, _Operation):
+                    made = event.of(values)
+                    if event.in_place:
+                        continue
+                elif isinstance(event, _Allocation):
                     made = like.new_empty(event.shape, dtype=event.dtype)
-                assert made is not None
+                else:
+                    made = flags_for(like, event.count)
                 values.append(made)
                 pointers.append(made.data_ptr())
-        return tuple(None if output is None else _output(output, values[output.value]) for output in self.outputs)
-
-
-def _output(output: _Output, value: Tensor | None) -> Tensor:
-    assert value is not None
-    if (value.shape, value.stride(), 0) == (output.shape, output.stride, output.offset):
-        return value
-    return value.as_strided(output.shape, output.stride, output.offset)
+        return tuple(None if output is None else output.of(values) for output in self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +150,11 @@ class _Live:
     storage: StorageWeakRef
     storage_pointer: int
     pointer: int
-    dtype: torch.dtype
+    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 class Recording(TorchDispatchMode):
@@ -126,7 +163,7 @@ class Recording(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.given = given
-        self.events: list[_Allocation | _Flags | _Release | _Launch] = []
+        self.events: list[_Event] = []
         self.live: dict[int, _Live] = {}
         self.values = len(given)
         self.repeatable = True
@@ -139,13 +176,24 @@ class Recording(TorchDispatchMode):
         if func is torch.ops.aten.new_empty.default:
             self._own(made)
             self.events.append(_Allocation(tuple(made.shape), made.dtype))
+        elif func in _FUNCTIONS:
+            self._note_operation(func, args, kwargs or {}, made)
         elif not func.is_view:
             self.repeatable = False
         return made
 
+    def _note_operation(self, func: Any, args: tuple[Any, ...], options: Mapping[str, Any], made: Tensor) -> None:
+        operands = [self._view(each) if isinstance(each, Tensor) else each for each in args]
+        if any(view is None and isinstance(each, Tensor) for view, each in zip(operands, args, strict=True)):
+            self.repeatable = False
+        in_place = made is args[0]
+        self.events.append(_Operation(_FUNCTIONS[func], tuple(operands), dict(options), in_place))
+        if not in_place:
+            self._own(made)
+
     def _own(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.live[self.values] = _Live(StorageWeakRef(storage), storage.data_ptr(), tensor.data_ptr(), tensor.dtype)
+        self.live[self.values] = _Live(StorageWeakRef(storage), storage.data_ptr(), tensor.data_ptr(), _kind(tensor))
         self.values += 1
 
     def _note_releases(self) -> None:
@@ -155,7 +203,7 @@ class Recording(TorchDispatchMode):
 
     def took_flags(self, words: Tensor, count: int) -> None:
         # They are never given back, so that nothing else has their address.
-        self.live[self.values] = _Live(StorageWeakRef(words.untyped_storage()), -1, words.data_ptr(), words.dtype)
+        self.live[self.values] = _Live(StorageWeakRef(words.untyped_storage()), -1, words.data_ptr(), _kind(words))
         self.values += 1
         self.events.append(_Flags(count))
 
@@ -169,6 +217,17 @@ class Recording(TorchDispatchMode):
         # A part of a given tensor could be one of another that shares its memory.
         same = [value for value, other in enumerate(self.given) if other is not None and other.data_ptr() == pointer]
         return _Address(same[0], 0) if len(same) == 1 else None
+
+    def _view(self, tensor: Tensor) -> _View | None:
+        at = self._address(tensor)
+        if at is None:
+            return None
+        given = self.given[at.value] if at.value < len(self.given) else None
+        kind = self.live[at.value].kind if given is None else _kind(given)
+        if tensor.dtype != kind[0]:
+            return None
+        whole = at.offset == 0 and kind == _kind(tensor)
+        return _View(at.value, tuple(tensor.shape), tensor.stride(), at.offset // tensor.element_size(), whole)
 
     def launched(self, plan: Plan, tensors: Sequence[Tensor | None], described: Sequence[Tensor]) -> None:
         """Called for each launch with what its plan takes, in its order."""
@@ -190,18 +249,10 @@ class Recording(TorchDispatchMode):
 
     def program(self, results: Results) -> Program | None:
         """What repeats it; None if that cannot be."""
-        outputs = [None if result is None else self._output(result) for result in results]
+        outputs = [None if result is None else self._view(result) for result in results]
         if not self.repeatable or any(o is None and r is not None for o, r in zip(outputs, results, strict=True)):
             return None
         return Program(tuple(self.events), tuple(outputs))
-
-    def _output(self, result: Tensor) -> _Output | None:
-        storage_pointer = result.untyped_storage().data_ptr()
-        for value, live in self.live.items():
-            if live.storage_pointer == storage_pointer != 0 and live.dtype == result.dtype:
-                offset = (result.data_ptr() - live.pointer) // result.element_size()
-                return _Output(value, tuple(result.shape), result.stride(), offset)
-        return None
 
 
 def replayed(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: Callable[[], Results]) -> Results:

@@ -44,6 +44,29 @@ def test_many_ranks_get_parts_for_splits_where_there_are_more_than_few_rows() ->
     assert fitted(80, 132, 32, 1024, 64) == fitted(80, 132, 32, 1024, 16)
 
 
+def test_a_mask_is_drawn_by_programs_enough_to_be_ready_when_the_weight_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode_tiles, "processors", lambda device: 132)
+    gpu = torch.device("cuda", 0)
+
+    def parts(rows: int, inputs: int, outputs: int, capability: int, drawn: bool) -> tuple[int, int]:
+        monkeypatch.setattr(decode_tiles, "capability", lambda device: capability)
+        decode_tiles.decode_tile.cache_clear()
+        tile = decode_tiles.decode_tile(gpu, torch.bfloat16, rows, inputs, outputs, 16, drawn)
+        return cdiv(rows, tile.panel_rows), tile.parts
+
+    for rows, inputs, outputs in ((65, 4096, 4096), (128, 14336, 4096), (512, 8192, 8192), (1024, 4096, 1024)):
+        panels, more = parts(rows, inputs, outputs, 90, True)
+        assert panels * more == 64 and more > parts(rows, inputs, outputs, 90, False)[1]
+    # Reading this weight takes longer; of few rows a mask is soon drawn; and elsewhere it was not measured.
+    for rows, outputs, capability in ((128, 14336, 90), (64, 4096, 90), (128, 4096, 80)):
+        assert parts(rows, 4096, outputs, capability, True) == parts(rows, 4096, outputs, capability, False)
+    # No part is empty, nor is there none.
+    assert parts(128, 256, 1024, 90, True)[1] == 2 and parts(128, 16, 1024, 90, True)[1] == 1
+    decode_tiles.decode_tile.cache_clear()
+
+
 def test_wide_outputs_get_wide_tiles_and_many_rows_high_ones() -> None:
     assert fitted(90, 132, 1, 4096).block_n < fitted(90, 132, 1, 14336).block_n
     heights = [fitted(90, 132, rows, 4096).block_m for rows in (1, 32, 64, 100_000)]

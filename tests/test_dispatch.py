@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fused_lora
-from fused_lora import Linear, dispatch
+from fused_lora import Linear, dispatch, linear_choice
 
 
 def test_explain_says_path_and_reason() -> None:
@@ -87,7 +87,8 @@ def test_counting_ends_with_its_block() -> None:
 
 def forget() -> None:
     """What was chosen before, for another machine as it were."""
-    for choose in (dispatch.choose, dispatch.choose_linear, dispatch.choose_forward, dispatch.choose_backward):
+    dispatch.choose.cache_clear()
+    for choose in (linear_choice.choose_linear, linear_choice.choose_forward, linear_choice.choose_backward):
         choose.cache_clear()
 
 
@@ -124,11 +125,11 @@ def test_a_gpu_takes_the_kernels_where_they_take_less_time(monkeypatch: pytest.M
         (single, 8192, 4096, 4096): "unfused",
     }
     for (dtype, rows, *features), path in cases.items():
-        choice = dispatch.choose_linear("auto", gpu, dtype, dtype, rows, *features)
+        choice = linear_choice.choose_linear("auto", gpu, dtype, dtype, rows, *features)
         assert choice.path == path and choice.reason, (dtype, rows, features)
         # A request stands, whatever the sizes.
         for backend in ("reference", "triton", "unfused"):
-            assert dispatch.choose_linear(backend, gpu, dtype, dtype, rows, *features).path == backend
+            assert linear_choice.choose_linear(backend, gpu, dtype, dtype, rows, *features).path == backend
     forget()
 
 
@@ -138,9 +139,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr(dispatch, "obstacle_to_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
-    from fused_lora.kernels import decode_tiles, first_wave, own_panel
+    from fused_lora.kernels import config, decode_tiles, first_wave, own_panel
 
-    for tables in (decode_tiles, own_panel, first_wave):
+    for tables in (config, decode_tiles, own_panel, first_wave):
         monkeypatch.setattr(tables, "capability", lambda device: 90)
         monkeypatch.setattr(tables, "processors", lambda device: 132)
     forget()
@@ -178,6 +179,9 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
         (HALF, 512, 4096, 12288): "unfused",
         (HALF, 512, 4096, 14336): "decode",
         (HALF, 2048, 4096, 2048): "triton",
+        # Eighteen rows of tiles leave a fourth of the last wave idle.
+        (HALF, 2304, 4096, 4096): "unfused",
+        (HALF, 2304, 4096, 14336): "triton",
         # Few outputs, each of whose tiles computes its panel.
         (HALF, 1024, 4096, 1024): "triton",
         (HALF, 2048, 4096, 1024): "triton",
@@ -187,39 +191,75 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
         (SINGLE, 1, 4096, 4096): "unfused",
     }
     for (dtype, *sizes), path in cases.items():
-        choice = dispatch.choose_forward("auto", gpu, dtype, dtype, *sizes, **ALONE)
+        choice = linear_choice.choose_forward("auto", gpu, dtype, dtype, *sizes, **ALONE)
         assert choice.path == path and choice.reason, (dtype, sizes)
         # A request stands.
         for backend in ("reference", "triton", "unfused", "decode"):
             for kind in KINDS:
-                assert dispatch.choose_forward(backend, gpu, dtype, dtype, *sizes, **kind).path == backend
+                assert linear_choice.choose_forward(backend, gpu, dtype, dtype, *sizes, **kind).path == backend
 
 
-def test_a_forward_that_keeps_or_drops_something_takes_one_launch_for_few_rows_only(gpu: torch.device) -> None:
-    most = {(False, True): 512, (True, False): 64, (True, True): 64}
-    for (drops, trains), rows in most.items():
-        for features in ((4096, 4096), (4096, 1024), (14336, 4096)):
-            few, more = (
-                dispatch.choose_forward("auto", gpu, HALF, HALF, m, *features, ranks=RANKS, drops=drops, trains=trains)
-                for m in (rows, rows + 1)
+def test_a_forward_that_keeps_something_takes_one_launch_for_more_rows_where_it_is_busy(gpu: torch.device) -> None:
+    cases = {
+        (512, 4096, 4096): "decode",
+        (1024, 4096, 4096): "decode",
+        (1024, 14336, 4096): "decode",
+        (1024, 8192, 8192): "decode",
+        (1024, 4096, 14336): "unfused",
+        (1536, 4096, 4096): "unfused",
+        (2047, 4096, 4096): "decode",
+        (2048, 4096, 4096): "triton",
+        (2304, 4096, 4096): "unfused",
+        (2304, 4096, 14336): "triton",
+        (8192, 4096, 4096): "triton",
+    }
+    for sizes, path in cases.items():
+        kind = {"ranks": RANKS, "drops": False, "trains": True}
+        choice = linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, **kind)
+        assert choice.path == path and choice.reason, sizes
+        many = linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, **kind | {"ranks": 128})
+        assert many.path == ("unfused" if path == "decode" and sizes[0] > 512 else path), sizes
+
+
+def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: torch.device) -> None:
+    cases = {
+        (64, 4096, 4096, 128): "decode",
+        (65, 4096, 4096, 64): "decode",
+        (65, 4096, 4096, 65): "unfused",
+        (512, 14336, 4096, 64): "decode",
+        (512, 4096, 4096, 128): "unfused",
+        # Of more rows where outputs are few; where they are many, a mask is drawn by one launch, and used by the next.
+        (1024, 4096, 1024, 64): "decode",
+        (1024, 4096, 1024, 65): "unfused",
+        (1024, 4096, 1040, 64): "unfused",
+        (513, 4096, 4096, 16): "unfused",
+        (1000, 4096, 4096, 16): "triton",
+        (1024, 4096, 4096, 128): "triton",
+        (1024, 4112, 4096, 16): "unfused",
+        (1024, 4096, 14336, 16): "unfused",
+        (1536, 4096, 4096, 16): "unfused",
+        # Half of a wave, a whole one, and two and a fourth.
+        (2048, 4096, 1024, 16): "unfused",
+        (4096, 4096, 1024, 16): "triton",
+        (2304, 4096, 4096, 16): "unfused",
+        (2048, 14336, 4096, 128): "triton",
+        (2304, 4096, 14336, 16): "triton",
+        (8192, 4096, 4096, 16): "triton",
+        # Too small to tell.
+        (2048, 4096, 496, 16): "unfused",
+    }
+    for (*sizes, ranks), path in cases.items():
+        for trains in (False, True):
+            choice = linear_choice.choose_forward(
+                "auto", gpu, HALF, HALF, *sizes, ranks=ranks, drops=True, trains=trains
             )
-            assert few.path == "decode" and few.reason
-            assert more == dispatch.choose_linear("auto", gpu, HALF, HALF, rows + 1, *features)
-        kind = {"ranks": RANKS, "drops": drops, "trains": trains}
-        odd = dispatch.choose_forward("auto", gpu, HALF, HALF, 1, 4096, 4100, **kind)
-        single = dispatch.choose_forward("auto", gpu, SINGLE, SINGLE, 1, 4096, 4096, **kind)
-        assert odd.path == single.path == "unfused"
+            assert choice.path == path and choice.reason, (sizes, ranks)
 
 
-def test_many_ranks_take_more_rows_to_be_worth_the_kernels_in_training(gpu: torch.device) -> None:
-    shared = "auto", gpu, HALF, HALF
-    for r, rows, path in ((64, 2048, "triton"), (65, 2048, "unfused"), (128, 4095, "unfused"), (128, 4096, "triton")):
-        kind = {"ranks": r, "r": r, "drops": True}
-        assert dispatch.choose_forward(*shared, rows, 4096, 14336, trains=True, **kind).path == path
-        assert dispatch.choose_backward(*shared, rows, 4096, 14336, r=r, plain=True).path == path
-        # Where nothing is trained, and of slices with fewer ranks each, that was not seen.
-        assert dispatch.choose_forward(*shared, rows, 4096, 14336, trains=False, **kind).path == "triton"
-        assert dispatch.choose_forward(*shared, rows, 4096, 14336, trains=True, **kind | {"r": r // 2}).path == "triton"
+def test_odd_sizes_and_float32_take_cublas_whatever_is_kept_or_dropped(gpu: torch.device) -> None:
+    for kind in KINDS:
+        assert linear_choice.choose_forward("auto", gpu, HALF, HALF, 1, 4096, 4100, **kind).path == "unfused"
+        assert linear_choice.choose_forward("auto", gpu, SINGLE, SINGLE, 1, 4096, 4096, **kind).path == "unfused"
 
 
 def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: torch.device) -> None:
@@ -231,8 +271,8 @@ def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: tor
         (128, 256, 8192, "unfused"),
     ):
         for trains in (False, True):
-            kind = {"ranks": ranks, "r": ranks, "drops": False, "trains": trains}
-            assert dispatch.choose_forward("auto", gpu, HALF, HALF, rows, inputs, 4096, **kind).path == path
+            kind = {"ranks": ranks, "drops": False, "trains": trains}
+            assert linear_choice.choose_forward("auto", gpu, HALF, HALF, rows, inputs, 4096, **kind).path == path
 
 
 def test_tiles_with_their_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: torch.device) -> None:
@@ -240,25 +280,46 @@ def test_tiles_with_their_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: t
         sizes = rows, 4096, 1024
         for trains in (False, True):
             few, more, masked = (
-                dispatch.choose_forward("auto", gpu, HALF, HALF, *sizes, ranks=ranks, drops=drops, trains=trains)
+                linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, ranks=ranks, drops=drops, trains=trains)
                 for ranks, drops in ((64, False), (65, False), (16, True))
             )
-            assert few == dispatch._FEW_OUTPUTS
-            assert masked == dispatch.choose_linear("auto", gpu, HALF, HALF, *sizes)
-            assert more != few
+            assert few == linear_choice._FEW_OUTPUTS and few not in (more, masked)
 
 
 def test_a_backward_of_few_rows_takes_one_launch_for_dx(gpu: torch.device) -> None:
     sizes = 4096, 14336
     for rows, path in ((0, "decode"), (64, "decode"), (65, "unfused"), (8192, "triton")):
-        assert dispatch.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=True).path == path
-        plainly = dispatch.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=False)
-        assert plainly == dispatch.choose_linear("auto", gpu, HALF, HALF, rows, *sizes)
+        assert linear_choice.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=True).path == path
+        plainly = linear_choice.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=False)
+        assert plainly == linear_choice.choose_linear("auto", gpu, HALF, HALF, rows, *sizes)
     for backend in ("reference", "triton", "unfused", "decode"):
-        assert dispatch.choose_backward(backend, gpu, SINGLE, SINGLE, 8192, *sizes, plain=True).path == backend
-    assert dispatch.choose_backward("decode", gpu, HALF, HALF, 1, *sizes, plain=False).path == "triton"
+        assert linear_choice.choose_backward(backend, gpu, SINGLE, SINGLE, 8192, *sizes, plain=True).path == backend
+    assert linear_choice.choose_backward("decode", gpu, HALF, HALF, 1, *sizes, plain=False).path == "triton"
     for dtype, features in ((SINGLE, sizes), (HALF, (4096, 4100)), (HALF, (4100, 4096))):
-        assert dispatch.choose_backward("auto", gpu, dtype, dtype, 1, *features, plain=True).path == "unfused"
+        assert linear_choice.choose_backward("auto", gpu, dtype, dtype, 1, *features, plain=True).path == "unfused"
+
+
+def test_a_backward_takes_the_kernels_where_their_tiles_fill_the_last_wave(gpu: torch.device) -> None:
+    """Sizes are rows, outputs and inputs: dx is rows x inputs."""
+    cases = {
+        (128, 4096, 14336): "unfused",
+        (256, 4096, 14336): "triton",
+        (256, 8192, 8192): "unfused",
+        (512, 8192, 8192): "triton",
+        (512, 4096, 4096): "unfused",
+        (1024, 4096, 4096): "triton",
+        (1000, 1056, 4096): "triton",
+        (1000, 1040, 4096): "unfused",
+        # Three quarters; four fifths, which are enough where the contraction is short.
+        (2304, 4096, 4096): "unfused",
+        (2560, 4096, 4096): "triton",
+        (2560, 14336, 4096): "unfused",
+        (2304, 4096, 14336): "triton",
+        (5000, 14336, 4096): "triton",
+    }
+    for sizes, path in cases.items():
+        choice = linear_choice.choose_backward("auto", gpu, HALF, HALF, *sizes, plain=True)
+        assert choice.path == path and choice.reason, sizes
 
 
 def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
@@ -269,5 +330,5 @@ def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
     half, sizes = torch.float16, (4096, 4096)
     for rows, path in ((64, "decode"), (65, "unfused"), (8192, "triton")):
         for kind in KINDS:
-            assert dispatch.choose_forward("auto", gpu, half, half, rows, *sizes, **kind).path == path
-    assert dispatch.choose_backward("auto", gpu, half, half, 1, *sizes, plain=True).path == "unfused"
+            assert linear_choice.choose_forward("auto", gpu, half, half, rows, *sizes, **kind).path == path
+    assert linear_choice.choose_backward("auto", gpu, half, half, 1, *sizes, plain=True).path == "unfused"

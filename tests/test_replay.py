@@ -16,10 +16,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
 import fused_lora
-from fused_lora import fused
+from fused_lora import Choice, fused, linear_op, ops
 from fused_lora.kernels import launch, replay
 from fused_lora.kernels.replay import Program, replayed
-from fused_lora.reference import Dropout
 
 NAMES = ["a_ptr", "b_ptr", "out_ptr", "n", "scale"]
 
@@ -265,41 +264,107 @@ def test_there_is_a_bound(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(replay._programs) == 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what the interpreter's path is told, unused on a GPU")
+def test_products_of_torch_are_repeated(kernel: Compiled) -> None:
+    calls = 0
+
+    def products(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        y = torch.addmm(x.new_empty(1), x, w.t(), beta=0, alpha=2.0)
+        z = torch.mm(y.t(), x)
+        z.addmm_(y[1:].t(), y[1:] @ w, alpha=-0.5)
+        return z, z.to(torch.bfloat16), y.t()[2:]
+
+    for _ in range(5):
+        x, w = some(4, 8), some(6, 8)
+        found = replayed((x, w), (), lambda x=x, w=w: products(x, w))
+        expected = products(x, w)
+        calls -= 1
+        for one, other in zip(found, expected, strict=True):
+            assert one is not None and torch.equal(one, other) and one.stride() == other.stride()
+    assert calls == 2 and isinstance(*replay._programs.values(), Program)
+
+
+@pytest.mark.parametrize(
+    "operand",
+    [lambda x: OUTSIDE, lambda x: x[:, 1:9], lambda x: x.view(torch.float16).view(torch.float32)[:, :8]],
+    ids=["from outside", "a part of what is given", "given"],
+)
+def test_a_product_of_what_cannot_be_found_again_is_not_repeated(
+    kernel: Compiled, operand: Callable[[Tensor], Tensor]
+) -> None:
+    for _ in range(4):
+        x = some(4, 9)
+        (found,) = replayed((x,), (), lambda x=x: (torch.mm(operand(x).t(), x),))
+        assert found is not None and torch.equal(found, operand(x).t() @ x)
+    given = operand(x).data_ptr() == x.data_ptr()
+    assert isinstance(*replay._programs.values(), Program) == given
+
+
+def test_a_product_of_numbers_read_as_others_is_not_repeated(kernel: Compiled) -> None:
+    for _ in range(4):
+        x = torch.randn(4, 4).half()
+        (found,) = replayed((x,), (), lambda x=x: (torch.mm(x.view(torch.bfloat16), x.view(torch.bfloat16)),))
+        read = x.view(torch.bfloat16)
+        assert found is not None and torch.equal(found, read @ read)
+    assert not isinstance(*replay._programs.values(), Program)
+
+
 def test_the_kind_of_a_forward_and_of_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is given to either, or a number of it, is in what a recording is found by."""
     told: list[tuple[Any, ...]] = []
 
-    def noting(given: Any, facts: tuple[Any, ...], call: Callable[[], Any]) -> Any:
-        told.append((tuple(given), facts))
+    def noting(choice: Choice, given: Any, facts: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        told.append((choice.path, tuple(given), facts))
         return call()
 
-    monkeypatch.setattr(fused, "replayed", noting)
+    monkeypatch.setattr(linear_op, "repeated", noting)
     x, weight, bias, dy = torch.randn(8, 16), torch.randn(32, 16), torch.randn(32), torch.randn(8, 32)
     lora_A, lora_B, seed = torch.randn(4, 16), torch.randn(16, 2), torch.tensor([3])
-    slices = True, False, True, False
-    dropout = Dropout(seed, 77, row_offset=5, column_offset=8)
-    _, xa, bits = fused.forward(x, weight, bias, lora_A, lora_B, scaling=0.75, dropout=dropout, enable_lora=slices)
-    given, facts = told.pop()
-    assert [id(t) for t in given] == [id(t) for t in (x, weight, bias, lora_A, lora_B, seed)]
-    assert facts == ("forward", 0.75, 77, 5, 8, *slices)
-    options = {"bits": bits, "scaling": 0.75, "dtype": torch.float32, "enable_lora": slices}
-    fused.backward(dy, x, weight, lora_A, lora_B, xa, **options)
-    given, facts = told.pop()
-    assert [id(t) for t in given] == [id(t) for t in (dy, x, weight, lora_A, lora_B, xa, bits)]
-    assert facts == ("backward", 0.75, torch.float32, False, *slices)
+    slices = [True, False, True, False]
+    tensors, kind = (x, weight, bias, lora_A, lora_B), (slices, seed, 0.75, 0.25, 5, 8, "reference")
+    for inference in (False, True):
+        _, xa, bits = linear_op._compute(inference, *tensors, *kind)
+        path, given, facts = told.pop()
+        assert path == "reference" and [id(t) for t in given] == [id(t) for t in (*tensors, seed)]
+        assert facts == ("forward", "reference", inference, 0.75, 16384, 5, 8, *slices)
+    rest = slices, 0.75, 0.25, torch.float32, "reference"
+    linear_op._gradients(dy, x, weight, lora_A, lora_B, xa, bits, *rest)
+    path, given, facts = told.pop()
+    assert path == "reference" and [id(t) for t in given] == [id(t) for t in (dy, x, weight, lora_A, lora_B, xa, bits)]
+    assert facts == ("backward", "reference", 1.0, torch.float32, *slices)
+
+
+@pytest.mark.parametrize("path", ["reference", "batch_invariant", "triton", "unfused", "decode"])
+def test_only_what_kernels_compute_is_recorded(monkeypatch: pytest.MonkeyPatch, path: Any) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(fused, "replayed", lambda given, facts, call: asked.append(given) or call())
+    x = torch.randn(2)
+    assert ops.repeated(Choice(path, ""), (x,), (), lambda: (x, None)) == (x, None)
+    assert len(asked) == (path in ("triton", "unfused", "decode"))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 @pytest.mark.parametrize(
-    "sizes", [(2048, 4096, 1024), (2048, 1024, 4096), (8192, 4096, 4096), (100, 512, 256)], ids=str
+    ("path", "sizes"),
+    [
+        *(("triton", sizes) for sizes in ((2048, 4096, 1024), (2048, 1024, 4096), (8192, 4096, 4096), (100, 512, 256))),
+        *(("unfused", sizes) for sizes in ((2048, 1024, 4096), (100, 512, 256))),
+        ("decode", (100, 512, 256)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("r", [4, 16, 64])
+@pytest.mark.parametrize("r", [4, 16, 64, 128])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_bits_as_from_the_start(
-    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], r: int, p: float, adapter_dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    path: Any,
+    sizes: tuple[int, int, int],
+    r: int,
+    p: float,
+    adapter_dtype: torch.dtype,
 ) -> None:
     M, K, N = sizes
     options = {"lora_dropout": p, "device": "cuda", "dtype": torch.bfloat16, "adapter_dtype": adapter_dtype}
@@ -311,7 +376,7 @@ def test_the_same_bits_as_from_the_start(
         torch.manual_seed(number)
         x = torch.randn(M, K, device="cuda").bfloat16().requires_grad_()
         dy = torch.randn(M, N, device="cuda").bfloat16()
-        with fused_lora.use_backend("triton"):
+        with fused_lora.use_backend(path):
             y = layer(x)
         return [y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)]
 
@@ -322,5 +387,6 @@ def test_the_same_bits_as_from_the_start(
     found = [step(layer, number) for number in range(5) for layer in layers]
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-    # A layer whose factors are copied by torch is not repeated.
-    assert r == 4 or [type(program) for program in replay._programs.values()] == [Program, Program]
+    # A layer whose factors are copied by torch for the copy engine is not repeated.
+    kinds = [type(program) for program in replay._programs.values()]
+    assert (r == 4 and path == "triton") or kinds == [Program, Program]

@@ -1,0 +1,188 @@
+"""The path of a linear layer's forward and of its backward: whichever takes the least time, as far as it was measured.
+
+All numbers are from Hopper GPUs; see benchmarks/NOTES.md. Of others only what is said of any GPU is taken.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .dispatch import BATCH_INVARIANT, Choice, choose
+
+# On any GPU: rows, and rows together with the fewer features, from which the kernels take less time than cuBLAS; and
+# rows of whatever is bound by reading the weight.
+_FEWEST_ROWS, _FEWEST_OUTPUTS, _FEW_DECODED = 2048, 1 << 21, 64
+# Rows of a forward that is one launch, and its ranks; of more ranks so many elements of lora_A.
+_DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR = 512, 64, 1 << 19
+# Of one that draws a mask: more rows, and outputs together with them.
+_FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1024, 1 << 20
+# Features of which masks of fewer than _FEWEST_ROWS are drawn as fast as by a kernel that draws them alone.
+_MOST_DRAWN_FEATURES = 4096
+# Of one that draws none: for more rows no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and outputs
+# together less than the last. With _FEWEST_ROWS and more, where no gradient is wanted.
+_FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 1 << 25
+# Which part of the multiprocessors one launch must keep busy.
+_BUSY = 0.8
+# Of rows and outputs together; with fewer, one launch takes as little time as two that compute the panel in the first
+# wave.
+_FEWEST_OUTPUTS_OF_WAVES = 1 << 24
+# Which part a GEMM's tiles must keep busy to take less time than cuBLAS, which has tiles for any size; where what is
+# saved beside the GEMM is a larger part of it, less; and the rows together with the fewer features.
+_FULL, _FULL_ENOUGH, _FEWEST_FULL = 0.85, 0.78, 1 << 20
+
+_FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
+_FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
+_IDLE = Choice("unfused", "cuBLAS takes less time where the last wave of tiles leaves multiprocessors idle")
+_WIDE = Choice("unfused", "cuBLAS takes less time for float32")
+_ODD = Choice("unfused", "cuBLAS takes less time for sizes that are no multiples of 16")
+_FEW_DECODED_ROWS = Choice("decode", "one launch takes less time for few rows")
+_MORE_DECODED_ROWS = Choice("decode", "one launch takes less time where its tiles keep the multiprocessors busy")
+_FEW_OUTPUTS = Choice("triton", "outputs are so few that each tile computes its own panel")
+_WHOLE_WAVES = Choice("triton", "the kernels take less time where their tiles keep the multiprocessors busy")
+_ASKED_TO_DECODE = Choice("decode", "it was asked for, by use_backend or FUSED_LORA_BACKEND")
+INVARIANT = Choice("batch_invariant", "batch_invariant() is in force")
+
+
+@lru_cache(maxsize=1024)
+def choose_linear(
+    request: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    *features: int,
+) -> Choice:
+    """The path of a layer, or its backward, for this many rows and between these numbers of features, on any GPU."""
+    choice = choose(request, device, dtype, adapter_dtype)
+    if request != "auto" or choice.path != "triton":
+        return choice
+    if rows < _FEWEST_ROWS:
+        return _FEW_ROWS
+    if rows * min(features) < _FEWEST_OUTPUTS:
+        return _FEW_TILES
+    if dtype == torch.float32:
+        return _WIDE
+    return _ODD if any(size % 16 != 0 for size in features) else choice
+
+
+@lru_cache(maxsize=1024)
+def choose_forward(
+    request: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    *,
+    ranks: int,
+    drops: bool,
+    trains: bool,
+) -> Choice:
+    """The path of a forward, which draws a mask or not, and keeps something for a backward or not.
+
+    ranks: of all its slices together.
+    """
+    if request == BATCH_INVARIANT:
+        return INVARIANT
+    sizes = rows, in_features, out_features
+    choice = choose_linear(request, device, dtype, adapter_dtype, *sizes)
+    if not _decodes(request, choice, dtype, in_features, out_features):
+        return choice
+    if request == "decode":
+        return _ASKED_TO_DECODE
+    if not _measured(device):
+        return _FEW_DECODED_ROWS if rows <= _FEW_DECODED else choice
+    if drops:
+        return _masked_forward(choice, device, *sizes, ranks)
+    return _forward(choice, device, dtype, *sizes, ranks, trains)
+
+
+def _masked_forward(
+    choice: Choice, device: torch.device, rows: int, in_features: int, out_features: int, ranks: int
+) -> Choice:
+    few_outputs = rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEW_DRAWN_OUTPUTS
+    if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (rows <= _DECODED or few_outputs)):
+        return _FEW_DECODED_ROWS
+    if rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
+        return choice
+    return _where_full(choice, device, rows, out_features, in_features, _FULL)
+
+
+def _forward(
+    choice: Choice,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    ranks: int,
+    trains: bool,
+) -> Choice:
+    from .kernels import decode_tiles, first_wave, own_panel
+
+    sizes = rows, in_features, out_features
+    if ranks <= own_panel.MOST_RANKS and own_panel.tile_of(device, dtype, *sizes):
+        return _FEW_OUTPUTS
+    if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
+        return choice
+    large = rows > _DECODED or ranks * in_features > _LARGEST_DECODED_FACTOR
+    decodes = rows <= _FEW_DECODED or ranks <= _DECODED_RANKS or not large
+    busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
+    if rows <= _DECODED:
+        return _FEW_DECODED_ROWS if decodes and busy else choice
+    most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
+    alone = rows < _FEWEST_ROWS or (not trains and rows * out_features < _TOO_MUCH_DECODED)
+    if decodes and busy and alone and _FEWEST_DECODED_OUTPUTS <= out_features <= most:
+        return _MORE_DECODED_ROWS
+    return choice if rows < _FEWEST_ROWS else _where_full(choice, device, rows, out_features, in_features, _FULL)
+
+
+@lru_cache(maxsize=1024)
+def choose_backward(
+    request: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    rows: int,
+    *features: int,
+    plain: bool,
+) -> Choice:
+    """The path of a backward, for dy's rows and columns and x's columns.
+
+    plain: whether dx is wanted, of a layer with one adapter for all outputs; else x's columns may be missing.
+    """
+    choice = choose_linear(request, device, dtype, adapter_dtype, rows, *features)
+    if not plain or not _decodes(request, choice, dtype, *features):
+        return choice
+    if request == "decode":
+        return _ASKED_TO_DECODE
+    if not _measured(device):
+        return choice
+    if rows <= _FEW_DECODED:
+        return _FEW_DECODED_ROWS
+    inner, columns = features
+    return _where_full(choice, device, rows, columns, inner, _FULL_ENOUGH if inner <= columns else _FULL)
+
+
+def _measured(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _where_full(choice: Choice, device: torch.device, rows: int, columns: int, inner: int, full: float) -> Choice:
+    """The kernels or cuBLAS for a product [rows, columns] over inner; the choice where it is too small to tell."""
+    from .kernels.config import HOPPER, filled
+
+    if rows * min(columns, inner) < _FEWEST_FULL:
+        return choice
+    tiles = -(-rows // HOPPER.linear.block_m) * -(-columns // HOPPER.linear.block_j)
+    return _WHOLE_WAVES if filled(device, tiles) >= full else _IDLE
+
+
+def _decodes(request: str, choice: Choice, dtype: torch.dtype, *features: int) -> bool:
+    """Whether one launch for the most of it can be what takes the least time, or was asked for."""
+    if choice.path == "reference" or request not in ("auto", "decode"):
+        return False
+    return request == "decode" or (dtype.itemsize == 2 and not any(size % 16 for size in features))
