@@ -6,7 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
+from copy import copy
+from types import CellType, FunctionType, MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ class Plan:
         self.device = driver.active.get_current_device()
         # What the launcher takes before the arguments; it calls no hooks that are None, nor asks for their metadata.
         self.unwatched = compiled.function, compiled.packed_metadata, None, None, None
+        # None where this Triton's launcher is another, or allocates memory for each launch.
+        self.launch_ready = _launcher_of(compiled.run)
         names = compiled.src.fn.arg_names
         # Of two values for one name, the later one is taken.
         self.places = [names.index(name) for name in given]
@@ -51,8 +54,39 @@ class Plan:
         """The same with all arguments."""
         self.run(*self.grid, self.stream_of(self.device), *self.unwatched, *arguments)
 
+    def ready(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """What Triton gives its launcher in C for all arguments on the current stream; for `launch_ready`.
+
+        Descriptors in it are encoded, which takes the host longer than the launch, and hold for their addresses.
+        """
+        given: list[tuple[Any, ...]] = []
+        spying = copy(self.run)
+        spying.launch = _with_launcher(self.run.launch, lambda *final: given.append(final))
+        spying(*self.grid, self.stream_of(self.device), *self.unwatched, *arguments)
+        return given[0]
+
     def launch_watched(self, given: Iterable[Any]) -> None:
         self.compiled[self.grid](*self._arguments(given))
+
+
+def _launcher_of(run: Any) -> Callable[..., None] | None:
+    """The launcher in C below Triton's expansion of descriptors; None where there is none to be found."""
+    launch = getattr(run, "launch", None)
+    if launch is None or getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True):
+        return None
+    if not isinstance(launch, FunctionType):
+        return launch  # type: ignore[no-any-return]
+    cells = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
+    return cells["launcher"].cell_contents if "launcher" in cells else None
+
+
+def _with_launcher(launch: Any, launcher: Callable[..., None]) -> Callable[..., None]:
+    """The same expansion of descriptors above another launcher."""
+    if not isinstance(launch, FunctionType):
+        return launcher
+    names, cells = launch.__code__.co_freevars, launch.__closure__ or ()
+    others = (CellType(launcher) if name == "launcher" else cell for name, cell in zip(names, cells, strict=True))
+    return FunctionType(launch.__code__, launch.__globals__, launch.__name__, launch.__defaults__, tuple(others))
 
 
 class Recorder(Protocol):

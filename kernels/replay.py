@@ -33,9 +33,11 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.addmm_.default: Tensor.addmm_,
     torch.ops.aten._to_copy.default: torch.ops.aten._to_copy.default,
 }
-_MOST_PROGRAMS = 1024
+_MOST_PROGRAMS, _MOST_READY = 1024, 4096
 _ONCE, _NEVER = "seen once", "not to be repeated"
 _programs: OrderedDict[Hashable, Program | str] = OrderedDict()
+# By launch, stream and addresses what Triton's launcher takes; None where they came once.
+_ready: OrderedDict[Hashable, tuple[Any, ...] | None] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,39 @@ class _Release:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Launch:
-    """A plan, and by place among its arguments the addresses, and addresses, shapes and strides of descriptors."""
+    """A plan, addresses among its arguments, and by place there which of them, and of what shapes and strides.
+
+    Without a shape and strides it is a pointer, else a descriptor.
+    """
 
     plan: Plan
-    pointers: tuple[tuple[int, _Address], ...]
-    descriptors: tuple[tuple[int, _Address, tuple[int, ...], tuple[int, ...]], ...]
+    addresses: tuple[_Address, ...]
+    places: tuple[tuple[int, tuple[int, ...] | None, tuple[int, ...]], ...]
+
+    def arguments(self, pointers: Sequence[int]) -> list[Any]:
+        arguments = self.plan.values.copy()
+        for pointer, (place, shape, strides) in zip(pointers, self.places, strict=True):
+            arguments[place] = pointer if shape is None else Described(Pointer(pointer), shape, strides)
+        return arguments
+
+    def run(self, values: Sequence[int]) -> None:
+        """With the values' addresses, on the current stream."""
+        plan = self.plan
+        pointers = [values[at.value] + at.offset for at in self.addresses]
+        key = (self, plan.stream_of(plan.device), *pointers)
+        ready = _ready.get(key)
+        if ready is not None and plan.launch_ready is not None:
+            plan.launch_ready(*ready)
+            return
+        arguments = self.arguments(pointers)
+        plan.launch_with(arguments)
+        if plan.launch_ready is not None:
+            # Addresses that come once are not worth being made ready.
+            _ready[key] = plan.ready(arguments) if key in _ready else None
+            if len(_ready) > _MOST_READY:
+                _ready.popitem(last=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +148,7 @@ class Program:
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in given]
         for event in self.events:
             if isinstance(event, _Launch):
-                plan = event.plan
-                arguments = plan.values.copy()
-                for place, at in event.pointers:
-                    arguments[place] = pointers[at.value] + at.offset
-                for place, at, shape, strides in event.descriptors:
-                    arguments[place] = Described(Pointer(pointers[at.value] + at.offset), shape, strides)
-                plan.launch_with(arguments)
+                event.run(pointers)
             elif isinstance(event, _Release):
                 values[event.value] = None
             else:
@@ -237,15 +259,13 @@ class Recording(TorchDispatchMode):
             self.repeatable = False
             return
         of_descriptors = plan.places[len(tensors) :]
-        pointers = zip(plan.places, addresses[: len(tensors)], strict=False)
-        descriptors = zip(of_descriptors, addresses[len(tensors) :], described, strict=True)
-        self.events.append(
-            _Launch(
-                plan,
-                tuple((place, at) for place, at in pointers if at is not None and place not in of_descriptors),
-                tuple((place, at, tuple(t.shape), t.stride()) for place, at, t in descriptors if at is not None),
-            )
-        )
+        kinds = [None] * len(tensors) + [(tuple(t.shape), t.stride()) for t in described]
+        there = [
+            (at, (place, None, ()) if kind is None else (place, *kind))
+            for at, place, kind in zip(addresses, plan.places, kinds, strict=True)
+            if at is not None and (kind is not None or place not in of_descriptors)
+        ]
+        self.events.append(_Launch(plan, tuple(at for at, _ in there), tuple(place for _, place in there)))
 
     def program(self, results: Results) -> Program | None:
         """What repeats it; None if that cannot be."""

@@ -91,6 +91,9 @@ CASES = [
     Case("float32", "float32", 16, dropout=True),
     Case("float32", "float32", 64, dropout=True, tf32=True),
     Case("float32", "float32", 100, dropout=True, column_offset=5, shape=(37, 53, 41)),
+    # Few rows.
+    *(Case("bfloat16", "bfloat16", r, dropout=True, shape=(1024, 4096, 4096)) for r in (16, 32, 64, 128)),
+    Case("float16", "float32", 64, shape=(2048, 4096, 1024)),
     # Slices that tiles do not cross, and slices that they do.
     Case("bfloat16", "bfloat16", 16, dropout=True, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
     Case("bfloat16", "float32", 64, shape=(8192, 1600, 4800), enable_lora=(True, True, True), fan_in_fan_out=True),
@@ -133,7 +136,14 @@ DECODED = [
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
     *(Case("bfloat16", "bfloat16", 64, shape=(m, 4096, 1024)) for m in (32, 64, 128)),
     *(Case("bfloat16", "float32", 256, shape=(m, 4096, 4096)) for m in (32, 64, 128, 256, 512, 2048)),
-    *(Case("bfloat16", "bfloat16", 16, dropout=True, shape=(m, 4096, 4096)) for m in (1, 32, 64, 128)),
+    *(Case("bfloat16", "bfloat16", 16, dropout=True, shape=(m, 4096, 4096)) for m in (1, 32, 64)),
+    *(
+        Case("bfloat16", "bfloat16", r, dropout=True, shape=(m, 4096, n))
+        for m in (128, 256, 512)
+        for n in WIDTHS
+        for r in (16, 64)
+    ),
+    *(Case("bfloat16", "float32", r, dropout=True, shape=(1024, 4096, 1024)) for r in (16, 64)),
     *(Case("bfloat16", "float32", 256, dropout=True, column_offset=5, shape=(m, 4096, 1024)) for m in (32, 128)),
     Case("bfloat16", "bfloat16", 0, shape=(16, 4096, 4096)),
     Case("bfloat16", "bfloat16", 16, shape=(16, 4096, 12288), enable_lora=(True, False, True)),
@@ -218,6 +228,7 @@ def compile_case(case: Case) -> None:
     gradients = {"bits": bits, "scaling": 2.0, "dtype": adapter_dtype, "enable_lora": case.enable_lora}
     fused.backward(dy, x, weight, lora_A, lora_B, xa, **gradients)
     fused.backward(dy, x, None, None, lora_B, xa, **gradients)
+    unfused.backward(dy, x, weight, lora_A, lora_B, xa, **gradients)
     unfused.forward(x, weight, bias, lora_A, lora_B, dropout=dropout, **slices)
     if bits is not None:
         mask.add_kept_(dy.new_empty(x.shape), xa, lora_A, bits, None)
@@ -231,7 +242,14 @@ def compile_case(case: Case) -> None:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
-    first_wave.processors = lambda device: 132
+    for module in (first_wave, panel):
+        module.processors = lambda device: 132
+    for module in (fused, unfused, adapter_grad):
+        module.scaled = lambda rows, device: rows
+    # Nothing is multiplied.
+    torch.mm = lambda left, right, **options: left.new_empty(len(left), right.shape[1])
+    torch.addmm = lambda total, left, right, **options: left.new_empty(len(left), right.shape[1])
+    torch.Tensor.addmm_ = lambda total, left, right: total
     for module in (first_wave, fused, fused_linear, panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
     fused.overlaps = lambda device: capability in (90, 100)

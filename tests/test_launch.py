@@ -208,3 +208,62 @@ def test_the_table_is_bounded_and_forgets_the_oldest(kernel: Kernel, monkeypatch
     for fact in (1, 2, 3, 3, 2, 1):
         kernel.launch(x, x, None, fact)
     assert len(module._plans) == 2 and len(kernel.compiled) == 4
+
+
+class Bottom:
+    """Stands in for the launcher in C."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+def tritons_launcher(bottom: Bottom, signature: dict[int, str], **options: Any) -> Any:
+    """Triton's own, whichever version is installed, above the stand-in; it is built with a GPU there only."""
+    launcher = object.__new__(nvidia.CudaLauncher)
+    launcher.launch = nvidia.wrap_handle_tensordesc(bottom, signature, [None] * str(signature).count("tensordesc"))
+    launcher.num_ctas, launcher.launch_cooperative_grid, launcher.launch_pdl = 1, False, True
+    launcher.arg_annotations, launcher.kernel_signature = "annotations", b"signature"
+    launcher.global_scratch_align = launcher.profile_scratch_align = 16
+    launcher.global_scratch_size = launcher.profile_scratch_size = 0
+    vars(launcher).update(options)
+    return launcher
+
+
+def plan_with(run: Any, monkeypatch: pytest.MonkeyPatch) -> module.Plan:
+    monkeypatch.setattr(
+        module,
+        "driver",
+        SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda d: STREAM, get_current_device=lambda: DEVICE)),
+    )
+    compiled = SimpleNamespace(
+        run=run, function="f", packed_metadata="m", src=SimpleNamespace(fn=SimpleNamespace(arg_names=NAMES))
+    )
+    return module.Plan(compiled, (5, 6), {"SIZE": 16}, ["x_ptr", "out_ptr"])
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_what_is_made_ready_is_what_triton_gives_its_launcher(described: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    signature = dict(enumerate(["tensordesc<fp16[16, 16]>" if described else "*fp16", "i32", "*fp16", "*i64", "i32"]))
+    bottom, x = Bottom(), torch.zeros(4, 8)
+    plan = plan_with(tritons_launcher(bottom, signature), monkeypatch)
+    assert plan.launch_ready is bottom
+    arguments = [module.Described(x, (4, 8), (8, 1)) if described else x.data_ptr(), 8, 1 << 20, None, 16]
+    plan.launch_with(arguments)
+    ready = plan.ready(arguments)
+    assert len(bottom.calls) == 1 and ready == bottom.calls[0] and STREAM in ready
+    # Triton itself goes on as before.
+    plan.launch_with(arguments)
+    plan.launch_ready(*ready)
+    assert bottom.calls == [ready] * 3
+
+
+def test_nothing_is_made_ready_for_a_launcher_that_allocates_or_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    bottom, signature = Bottom(), {0: "*fp16"}
+    for name in ("global_scratch_size", "profile_scratch_size"):
+        assert plan_with(tritons_launcher(bottom, signature, **{name: 8}), monkeypatch).launch_ready is None
+    unknown = tritons_launcher(bottom, signature, launch=lambda *arguments: bottom(*arguments))
+    assert plan_with(unknown, monkeypatch).launch_ready is None
+    assert plan_with(lambda *arguments: None, monkeypatch).launch_ready is None

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 import fused_lora
 from fused_lora import Choice, fused, linear_op, ops
 from fused_lora.kernels import launch, replay
+from fused_lora.kernels.launch import Described
 from fused_lora.kernels.replay import Program, replayed
 
 NAMES = ["a_ptr", "b_ptr", "out_ptr", "n", "scale"]
@@ -54,16 +55,42 @@ class Compiled:
         return call
 
 
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+class Launcher:
+    """As Triton's: what expands descriptors lies above a launcher in C."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, launcher: Callable[..., None]) -> None:
+        self.expansions: list[int] = []
+        expansions = self.expansions
+
+        def launch(*arguments: Any) -> None:
+            expansions.append(1)
+            launcher(*(a.base.data_ptr() if isinstance(a, Described) else a for a in arguments))
+
+        self.launch = launch
+
+    def __call__(self, *arguments: Any) -> None:
+        self.launch(*arguments)
+
+
+class Layered(Compiled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = Launcher(super().run)  # type: ignore[assignment, method-assign]
+
+
+@pytest.fixture(params=[Compiled, Layered])
+def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Compiled:
     """Whose launches are plans, as on a GPU."""
     monkeypatch.setattr(launch, "CompiledKernel", Compiled)
     active = SimpleNamespace(get_current_stream=lambda device: 0, get_current_device=lambda: 0)
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(launch, "_plans", type(launch._plans)())
     monkeypatch.setattr(replay, "_programs", type(replay._programs)())
+    monkeypatch.setattr(replay, "_ready", type(replay._ready)())
     monkeypatch.setattr(replay, "_repeats", lambda like: True)
-    return Compiled()
+    return request.param()  # type: ignore[no-any-return]
 
 
 def add(kernel: Compiled, a: Tensor, b: Tensor | None, out: Tensor, scale: float, described: bool = False) -> None:
@@ -262,6 +289,42 @@ def test_there_is_a_bound(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> 
     for fact in range(10):
         work(some(4, 8), some(4, 8), float(fact))
     assert len(replay._programs) == 3
+
+
+@pytest.mark.parametrize("kernel", [Layered], indirect=True)
+def test_the_same_addresses_are_made_ready_once(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, (x, w) = Work(kernel), (some(4, 8), some(4, 8))
+    for _ in range(2):
+        work(x, w)
+    (program,) = replay._programs.values()
+    assert isinstance(program, Program)
+    event = next(event for event in program.events if isinstance(event, replay._Launch) and event.places[-1][1])
+    expansions: list[int] = kernel.run.expansions  # type: ignore[attr-defined]
+    streams = [7]
+    event.plan.stream_of = lambda device: streams[0]
+
+    def expanded(*tensors: Tensor) -> int:
+        before = len(expansions)
+        values = [0] * (1 + max(at.value for at in event.addresses))
+        for at, tensor in zip(event.addresses, tensors, strict=True):
+            values[at.value] = tensor.data_ptr() - at.offset
+        for tensor in tensors[1:-1]:
+            tensor.fill_(0)
+        event.run(values)
+        assert torch.equal(tensors[1], 2 * tensors[2] + tensors[0])
+        return len(expansions) - before
+
+    # The kernel's second argument, its third, which is written, and its first, by a descriptor.
+    one, other = ([some(4, 8), torch.empty(4, 8), some(4, 8)] for _ in range(2))
+    # The second time once more, to be kept.
+    assert [expanded(*one) for _ in range(4)] == [1, 2, 0, 0]
+    assert [expanded(*other) for _ in range(3)] == [1, 2, 0]
+    streams[0] = 8
+    assert [expanded(*one) for _ in range(3)] == [1, 2, 0]
+    replay._ready.clear()
+    monkeypatch.setattr(replay, "_MOST_READY", 3)
+    kept = [[some(4, 8), torch.empty(4, 8), some(4, 8)] for _ in range(9)]
+    assert [expanded(*each) for each in kept] == [1] * 9 and len(replay._ready) == 3
 
 
 def test_products_of_torch_are_repeated(kernel: Compiled) -> None:
