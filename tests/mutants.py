@@ -56,6 +56,8 @@ FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
 REPEAT = "fused_lora/repeat.py"
 DISPATCH = "fused_lora/dispatch.py"
+LINEAR_CHOICE = "fused_lora/linear_choice.py"
+SHARED = "fused_lora/ops.py"
 INVARIANT = "fused_lora/invariant.py"
 LOOKUP = "kernels/lookup.py"
 CONFIG = "kernels/config.py"
@@ -69,6 +71,8 @@ KERNEL_MASKS = ("tests/test_kernels.py", "-k", "mask")
 KERNEL_WORDS = ("tests/test_kernels.py", "-k", "words_of_every_width")
 HALF_MASKS = ("tests/test_op.py", "-k", "[triton-bfloat16-bfloat16 and 0.1")
 UNFUSED_PATH = ("tests/test_op.py", "-k", "[unfused-float32-float32")
+UNFUSED_HALF = ("tests/test_op.py", "-k", "[unfused-bfloat16-bfloat16")
+MANY_RANKS = ("tests/test_op.py", "-k", "[triton-bfloat16-bfloat16")
 UNFUSED_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[unfused")
 MASK = ("tests/test_reference.py",)
 ADDRESSES = ("tests/test_kernels.py", "-k", "test_touches_only_its_arguments")
@@ -153,53 +157,147 @@ MUTANTS = (
         "            return",
         RECORDED,
     ),
+    Mutant("pointers without their offset", REPLAY, "values[at.value] + at.offset", "values[at.value]", RECORDED),
     Mutant(
-        "pointers without their offset",
+        "a view as what it is of", REPLAY, "whole = at.offset == 0 and kind == _kind(tensor)", "whole = True", RECORDED
+    ),
+    Mutant("a view at the storage's start", REPLAY, "value.storage_offset() + self.offset", "self.offset", RECORDED),
+    Mutant("numbers read as others", REPLAY, "if tensor.dtype != kind[0]:", "if False:", RECORDED),
+    Mutant(
+        "a product of what cannot be found again",
         REPLAY,
-        "arguments[place] = pointers[at.value] + at.offset",
-        "arguments[place] = pointers[at.value]",
+        "            self.repeatable = False\n        in_place",
+        "            pass\n        in_place",
         RECORDED,
+    ),
+    Mutant("made ready for any stream", REPLAY, "plan.stream_of(plan.device), *pointers", "*pointers", RECORDED),
+    Mutant(
+        "made ready for any addresses", REPLAY, "(plan.device), *pointers)", "(plan.device), *pointers[1:])", RECORDED
+    ),
+    Mutant("made ready for ever", REPLAY, "len(_ready) > _MOST_READY", "False", RECORDED),
+    Mutant(
+        "made ready for a launcher that allocates",
+        LAUNCH,
+        ' or getattr(run, "profile_scratch_size", True)',
+        "",
+        ("tests/test_launch.py",),
+    ),
+    Mutant("recorded whatever computes it", SHARED, "if choice.path not in _REPEATED:", "if False:", RECORDED),
+    Mutant(
+        "a forward's kind without its scaling", OPS, "inference, scaling, threshold", "inference, threshold", REPEATED
+    ),
+    Mutant(
+        "a forward's kind without its mask", OPS, "threshold, row_offset, column_offset, *", "threshold, *", REPEATED
+    ),
+    Mutant(
+        "a forward's kind whether it trains", OPS, "choice.path, inference, scaling", "choice.path, scaling", REPEATED
+    ),
+    Mutant("a seed in its first place", OPS, "lora_A, lora_B, seed), facts", "lora_A, lora_B), facts", REPEATED),
+    Mutant(
+        "a backward's kind without its scaling",
+        OPS,
+        '"backward", choice.path, scaling, dtype',
+        '"backward", choice.path, dtype',
+        REPEATED,
+    ),
+    Mutant(
+        "a backward's kind without its dtype",
+        OPS,
+        '"backward", choice.path, scaling, dtype',
+        '"backward", choice.path, scaling',
+        REPEATED,
+    ),
+    Mutant(
+        "panels of any size in one launch",
+        LINEAR_CHOICE,
+        "* in_features > _LARGEST",
+        "* in_features < _LARGEST",
+        CHOICE,
+    ),
+    Mutant("more rows of any ranks in one launch", LINEAR_CHOICE, "large = rows > _DECODED or", "large =", CHOICE),
+    Mutant("any last wave", LINEAR_CHOICE, ">= full else", ">= 0 else", CHOICE),
+    Mutant("whole waves of any size", LINEAR_CHOICE, "rows * min(columns, inner) < _FEWEST_FULL", "False", CHOICE),
+    Mutant(
+        "as full for a short contraction", LINEAR_CHOICE, "_FULL_ENOUGH if inner <= columns else _FULL", "_FULL", CHOICE
+    ),
+    Mutant(
+        "as full for a long contraction",
+        LINEAR_CHOICE,
+        "_FULL_ENOUGH if inner <= columns else _FULL",
+        "_FULL_ENOUGH",
+        CHOICE,
+    ),
+    Mutant(
+        "masks of many ranks in one launch",
+        LINEAR_CHOICE,
+        "(ranks <= _DECODED_RANKS and (rows",
+        "(True and (rows",
+        CHOICE,
+    ),
+    Mutant(
+        "masks of any rows for few outputs",
+        LINEAR_CHOICE,
+        "few_outputs = rows <= _FEW_DRAWN_ROWS and",
+        "few_outputs =",
+        CHOICE,
+    ),
+    Mutant(
+        "masks of few rows and many features",
+        LINEAR_CHOICE,
+        " and in_features > _MOST_DRAWN_FEATURES)",
+        " and False)",
+        CHOICE,
+    ),
+    Mutant("a panel kept from more rows", LINEAR_CHOICE, "rows < _FEWEST_ROWS or (not trains", "(not trains", CHOICE),
+    Mutant("a panel kept from all rows", LINEAR_CHOICE, "(not trains and rows *", "(rows *", CHOICE),
+    Mutant(
+        "one launch kept from few rows",
+        LINEAR_CHOICE,
+        "decodes and busy else choice",
+        "False else choice",
+        ONE_LAUNCH_PATH,
+    ),
+    Mutant(
+        "masks drawn by as many programs", DECODE_TILES, "tile.parts * outputs >= HIDDEN_PARTS", "True", ONE_LAUNCH_PATH
+    ),
+    Mutant("masks of few rows drawn by many", DECODE_TILES, " and rows >= FEWEST_DRAWN_ROWS", "", ONE_LAUNCH_PATH),
+    Mutant("parts of a mask that are empty", DECODE_TILES, "inputs // tile.panel_k, ", "", ONE_LAUNCH_PATH),
+    Mutant("small tiles for masks of any rows", PANEL, "2 * cdiv(M, tile.block_m)", "cdiv(0, tile.block_m)", TABLES),
+    Mutant("small tiles in spite of a table", PANEL, " and tiles is HOPPER", "", TABLES),
+    Mutant(
+        "xa by cuBLAS unscaled",
+        FUSED,
+        "lora_A, x.dtype).t(), scaling), None",
+        "lora_A, x.dtype).t(), 1.02 * scaling), None",
+        MANY_RANKS,
+    ),
+    Mutant("masked xa by cuBLAS unscaled", FUSED, "scaling / dropout.keep_probability", "scaling", MANY_RANKS),
+    Mutant("masked xa by cuBLAS without its mask", FUSED, "product(dropped,", "product(x,", MANY_RANKS),
+    Mutant("dyb by cuBLAS unscaled", FUSED, "dy.dtype), scaling, xa)", "dy.dtype), 1.02 * scaling, xa)", MANY_RANKS),
+    Mutant("few rows without their mask", FUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", MANY_RANKS),
+    Mutant("any rows in one launch", FUSED, "by_cublas and len(dy) <= scaled(", "by_cublas and 0 <= scaled(", BESIDE),
+    Mutant("few masked rows divided", ADAPTER, "        programs = 1\n", "        pass\n", BESIDE),
+    Mutant("few unfused rows without their mask", UNFUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", UNFUSED_HALF),
+    Mutant(
+        "few unfused rows unscaled",
+        UNFUSED,
+        "None, product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)",
+        "None, product(dy, in_dtype(lora_B, dy.dtype), 1.02 * scaling, xa)",
+        UNFUSED_HALF,
+    ),
+    Mutant(
+        "few unfused rows of dx without a mask",
+        UNFUSED,
+        "add_kept_(dx, dyb, lora_A, bits, None)",
+        "add_kept_(dx.addmm_(dyb, in_dtype(lora_A, dy.dtype)), 0 * dyb, lora_A, bits, None)",
+        UNFUSED_HALF,
     ),
     Mutant("repeated with other numbers", REPLAY, "key = (facts, *kinds)", "key = (*kinds,)", RECORDED),
     Mutant("repeated at any alignment", REPLAY, ", t.data_ptr() % 16) for", ") for", RECORDED),
     Mutant("repeated for other shapes", REPLAY, "t.shape, t.stride(), t.get", "t.stride(), t.get", RECORDED),
     Mutant("memory that is never given back", REPLAY, "self.events.append(_Release(value))", "pass", RECORDED),
-    Mutant(
-        "an output as it was allocated",
-        REPLAY,
-        "value.stride(), 0) == (output",
-        "output.stride, output.offset) == (output",
-        RECORDED,
-    ),
     Mutant("recorded for ever", REPLAY, "len(_programs) > _MOST_PROGRAMS", "False", RECORDED),
     Mutant("too few words to count in", REPLAY, "_Flags(count))", "_Flags(1))", RECORDED),
-    Mutant("a forward's kind without its scaling", FUSED, '"forward", scaling, *', '"forward", *', REPEATED),
-    Mutant(
-        "a forward's kind without its mask",
-        FUSED,
-        "*dropout_facts(dropout), *enable_lora",
-        "*enable_lora",
-        REPEATED,
-    ),
-    Mutant("a backward's kind without its scaling", FUSED, '("backward", scaling, ', '("backward", ', REPEATED),
-    Mutant(
-        "a backward's kind without its dtype",
-        FUSED,
-        '("backward", scaling, dtype, ',
-        '("backward", scaling, ',
-        REPEATED,
-    ),
-    Mutant(
-        "a seed in its first place",
-        FUSED,
-        "lora_B, None if dropout is None else dropout.seed",
-        "lora_B",
-        REPEATED,
-    ),
-    Mutant("as many rows for many ranks", DISPATCH, "if trained_r > _MANY_RANKS and", "if False and", CHOICE),
-    Mutant(
-        "panels of any size in one launch", DISPATCH, "* in_features > _LARGEST", "* in_features < _LARGEST", CHOICE
-    ),
     Mutant("overlapping on any new GPU", CONFIG, "in (90, 100)", ">= 90", BESIDE),
     Mutant("beside what nobody waits for", ADAPTER, "            gdc_wait()", "            pass", BESIDE),
     Mutant(
@@ -262,8 +360,12 @@ MUTANTS = (
         "tiles_m * tiles_n",
         FIRST_OF_WAVES,
     ),
-    Mutant("one launch for whole waves", DISPATCH, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES", "False", CHOICE),
-    Mutant("whole waves for few rows", DISPATCH, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and ", "", CHOICE),
+    Mutant(
+        "one launch for whole waves", LINEAR_CHOICE, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES", "False", CHOICE
+    ),
+    Mutant(
+        "whole waves for few rows", LINEAR_CHOICE, "rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and ", "", CHOICE
+    ),
     Mutant("tiles with a panel without the scale", OWN_PANEL, "(sums * scale)", "sums", WITH_PANEL),
     Mutant("tiles without their panel", OWN_PANEL, "quarters[quarter] + update", "quarters[quarter]", WITH_PANEL),
     Mutant("tiles with a panel keep another's panel", OWN_PANEL, "if tile_n == 0:", "if tile_m == 0:", WITH_PANEL),
@@ -271,10 +373,10 @@ MUTANTS = (
     Mutant("tiles with a panel of one slice", OWN_PANEL, "own_ranks = ranks - e * R", "own_ranks = ranks", WITH_PANEL),
     Mutant("tiles with a panel past their slice", OWN_PANEL, " & in_slice[None, :]", "", WITH_PANEL),
     Mutant("tiles with a panel of any strides", OWN_PANEL, "and describable(x)", "and True", WITH_PANEL),
-    Mutant("tiles with a panel for any ranks", DISPATCH, "ranks <= own_panel.MOST_RANKS", "True", CHOICE),
+    Mutant("tiles with a panel for any ranks", LINEAR_CHOICE, "ranks <= own_panel.MOST_RANKS", "True", CHOICE),
     Mutant("tiles with a panel for any size", OWN_PANEL, " or outputs > MOST_OUTPUTS", "", WITH_PANEL),
-    Mutant("one launch for any last wave", DISPATCH, ">= _BUSY", ">= 0", CHOICE),
-    Mutant("one launch for any size", DISPATCH, "rows * out_features >= _TOO_MUCH_DECODED", "False", CHOICE),
+    Mutant("one launch for any last wave", LINEAR_CHOICE, ">= _BUSY", ">= 0", CHOICE),
+    Mutant("one launch for any size", LINEAR_CHOICE, "rows * out_features < _TOO_MUCH_DECODED", "True", CHOICE),
     Mutant("panels 2 % too large", PANEL, "(acc * scale).to", "(acc * scale * 1.02).to", TRITON),
     Mutant(
         "dyb 2 % too large",
@@ -621,13 +723,6 @@ MUTANTS = (
     Mutant("drawn by the other tile", PANEL, " if dropout is None else tiles.drawn_panel", "", KERNEL_MASKS),
     Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),
     Mutant("no batch invariance", DISPATCH, "    if invariant_blocks:\n", "    if False:\n", ONE_LAUNCH_PATH),
-    Mutant(
-        "one launch kept from few rows",
-        DISPATCH,
-        "if rows <= _UNMASKED_DECODED:",
-        "if rows < 0:",
-        ONE_LAUNCH_PATH,
-    ),
     Mutant(
         "a plan for every dtype",
         REDUCE,

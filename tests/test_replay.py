@@ -319,6 +319,7 @@ def test_the_same_addresses_are_made_ready_once(kernel: Compiled, monkeypatch: p
     # The second time once more, to be kept.
     assert [expanded(*one) for _ in range(4)] == [1, 2, 0, 0]
     assert [expanded(*other) for _ in range(3)] == [1, 2, 0]
+    assert [expanded(other[0], *one[1:]) for _ in range(3)] == [1, 2, 0]
     streams[0] = 8
     assert [expanded(*one) for _ in range(3)] == [1, 2, 0]
     replay._ready.clear()
@@ -339,7 +340,7 @@ def test_products_of_torch_are_repeated(kernel: Compiled) -> None:
         return z, z.to(torch.bfloat16), y.t()[2:]
 
     for _ in range(5):
-        x, w = some(4, 8), some(6, 8)
+        x, w = some(4, 8), some(7, 8)[1:]
         found = replayed((x, w), (), lambda x=x, w=w: products(x, w))
         expected = products(x, w)
         calls -= 1
