@@ -62,7 +62,6 @@ def forward(
     enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
-
     with on(x):
         if dropout is None:
             tile = own_panel.tile_of(x.device, x.dtype, x.shape[0], x.shape[1], len(weight))

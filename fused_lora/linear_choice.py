@@ -16,8 +16,8 @@ from .dispatch import BATCH_INVARIANT, Choice, choose
 _FEWEST_ROWS, _FEWEST_OUTPUTS, _FEW_DECODED = 2048, 1 << 21, 64
 # Rows of a forward that is one launch, and its ranks; of more ranks so many elements of lora_A.
 _DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR = 512, 64, 1 << 19
-# Of one that draws a mask: more rows, and outputs together with them.
-_FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1024, 1 << 20
+# Of one that draws a mask: rows together with ranks; and where outputs are few, more rows, and outputs with them.
+_DRAWN_PANEL, _FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1 << 14, 1024, 1 << 20
 # Features of which masks of fewer than _FEWEST_ROWS are drawn as fast as by a kernel that draws them alone.
 _MOST_DRAWN_FEATURES = 4096
 # Of one that draws none: for more rows no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and outputs
@@ -104,7 +104,8 @@ def _masked_forward(
     choice: Choice, device: torch.device, rows: int, in_features: int, out_features: int, ranks: int
 ) -> Choice:
     few_outputs = rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEW_DRAWN_OUTPUTS
-    if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (rows <= _DECODED or few_outputs)):
+    few_rows = rows <= _DECODED and rows * ranks <= _DRAWN_PANEL
+    if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (few_rows or few_outputs)):
         return _FEW_DECODED_ROWS
     if rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
         return choice

@@ -85,11 +85,13 @@ def _produce(
         tl.store(part_ptrs, acc, mask=in_rows & in_ranks)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1:
-        for start_r in range(0, RANKS, BLOCK_R):
-            ranks = start_r + tl.arange(0, BLOCK_R)
+        # All parts of a piece are read at once; of many, as much as registers hold.
+        SUM_R: tl.constexpr = BLOCK_R if PARTS <= 8 else min(BLOCK_R, 1024 // BLOCK_M)
+        for start_r in range(0, RANKS, SUM_R):
+            ranks = start_r + tl.arange(0, SUM_R)
             inside = in_rows & (ranks < RANKS)[None, :]
             places = rows[:, None] * RANKS + ranks[None, :]
-            total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            total = tl.zeros((BLOCK_M, SUM_R), tl.float32)
             for p in tl.static_range(PARTS):
                 ptrs = parts_ptr + tl.full((), p, tl.int64) * M * RANKS + places
                 total += tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")

@@ -71,8 +71,8 @@ KERNEL_MASKS = ("tests/test_kernels.py", "-k", "mask")
 KERNEL_WORDS = ("tests/test_kernels.py", "-k", "words_of_every_width")
 HALF_MASKS = ("tests/test_op.py", "-k", "[triton-bfloat16-bfloat16 and 0.1")
 UNFUSED_PATH = ("tests/test_op.py", "-k", "[unfused-float32-float32")
-UNFUSED_HALF = ("tests/test_op.py", "-k", "[unfused-bfloat16-bfloat16")
-MANY_RANKS = ("tests/test_op.py", "-k", "[triton-bfloat16-bfloat16")
+UNFUSED_HALF = ("tests/test_op.py", "-k", "many_ranks and unfused")
+MANY_RANKS = ("tests/test_op.py", "-k", "many_ranks and triton")
 UNFUSED_OFFSETS = ("tests/test_op.py", "-k", "test_accuracy_with_offsets[unfused")
 MASK = ("tests/test_reference.py",)
 ADDRESSES = ("tests/test_kernels.py", "-k", "test_touches_only_its_arguments")
@@ -230,8 +230,8 @@ MUTANTS = (
     Mutant(
         "masks of many ranks in one launch",
         LINEAR_CHOICE,
-        "(ranks <= _DECODED_RANKS and (rows",
-        "(True and (rows",
+        "(ranks <= _DECODED_RANKS and (few_rows",
+        "(True and (few_rows",
         CHOICE,
     ),
     Mutant(
@@ -262,6 +262,7 @@ MUTANTS = (
     ),
     Mutant("masks of few rows drawn by many", DECODE_TILES, " and rows >= FEWEST_DRAWN_ROWS", "", ONE_LAUNCH_PATH),
     Mutant("parts of a mask that are empty", DECODE_TILES, "inputs // tile.panel_k, ", "", ONE_LAUNCH_PATH),
+    Mutant("one piece of many parts", DECODE, "start_r + tl.arange(0, SUM_R)", "tl.arange(0, SUM_R)", ONE_LAUNCH),
     Mutant("small tiles for masks of any rows", PANEL, "2 * cdiv(M, tile.block_m)", "cdiv(0, tile.block_m)", TABLES),
     Mutant("small tiles in spite of a table", PANEL, " and tiles is HOPPER", "", TABLES),
     Mutant(

@@ -17,7 +17,9 @@ from fused_lora.reference import Dropout
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, panel_rows=16, panel_k=32, parts=2)
 SPLIT = DecodeTile(16, 16, 16, num_warps=4, num_stages=2, panel_rows=16, panel_k=16, parts=3, splits=4)
-TILES = pytest.mark.parametrize("tile", [PLAIN, SPLIT], ids=["plain", "split"])
+# More parts than are summed in pieces of all ranks.
+PARTS = DecodeTile(16, 32, 16, num_warps=4, num_stages=2, panel_rows=64, panel_k=16, parts=9)
+TILES = pytest.mark.parametrize("tile", [PLAIN, SPLIT, PARTS], ids=["plain", "split", "parts"])
 
 # (rows, in_features, out_features, r): odd everywhere, several tiles of the panel, more parts than steps, r in steps
 SHAPES = [(1, 64, 96, 16), (37, 53, 41, 5), (5, 16, 64, 130), (1, 1, 1, 1)]

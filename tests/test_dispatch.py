@@ -226,8 +226,11 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (64, 4096, 4096, 128): "decode",
         (65, 4096, 4096, 64): "decode",
         (65, 4096, 4096, 65): "unfused",
-        (512, 14336, 4096, 64): "decode",
-        (512, 4096, 4096, 128): "unfused",
+        (512, 14336, 4096, 32): "decode",
+        (512, 14336, 4096, 33): "unfused",
+        (256, 8192, 8192, 64): "decode",
+        (257, 8192, 8192, 64): "unfused",
+        (512, 4096, 1024, 64): "decode",
         # Of more rows where outputs are few; where they are many, a mask is drawn by one launch, and used by the next.
         (1024, 4096, 1024, 64): "decode",
         (1024, 4096, 1024, 65): "unfused",
