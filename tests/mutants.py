@@ -163,13 +163,6 @@ MUTANTS = (
     ),
     Mutant("a view at the storage's start", REPLAY, "value.storage_offset() + self.offset", "self.offset", RECORDED),
     Mutant("numbers read as others", REPLAY, "if tensor.dtype != kind[0]:", "if False:", RECORDED),
-    Mutant(
-        "a product of what cannot be found again",
-        REPLAY,
-        "            self.repeatable = False\n        in_place",
-        "            pass\n        in_place",
-        RECORDED,
-    ),
     Mutant("made ready for any stream", REPLAY, "plan.stream_of(plan.device), *pointers", "*pointers", RECORDED),
     Mutant(
         "made ready for any addresses", REPLAY, "(plan.device), *pointers)", "(plan.device), *pointers[1:])", RECORDED
