@@ -171,7 +171,7 @@ MUTANTS = (
     Mutant(
         "made ready for a launcher that allocates",
         LAUNCH,
-        ' or getattr(run, "profile_scratch_size", True)',
+        " or run.profile_scratch_size",
         "",
         ("tests/test_launch.py",),
     ),

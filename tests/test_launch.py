@@ -228,6 +228,7 @@ def tritons_launcher(bottom: Bottom, signature: dict[int, str], **options: Any) 
     launcher.arg_annotations, launcher.kernel_signature = "annotations", b"signature"
     launcher.global_scratch_align = launcher.profile_scratch_align = 16
     launcher.global_scratch_size = launcher.profile_scratch_size = 0
+    launcher.gsan_enabled = False
     vars(launcher).update(options)
     return launcher
 
@@ -262,7 +263,7 @@ def test_what_is_made_ready_is_what_triton_gives_its_launcher(described: bool, m
 
 def test_nothing_is_made_ready_for_a_launcher_that_allocates_or_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     bottom, signature = Bottom(), {0: "*fp16"}
-    for name in ("global_scratch_size", "profile_scratch_size"):
+    for name in ("global_scratch_size", "profile_scratch_size", "gsan_enabled"):
         assert plan_with(tritons_launcher(bottom, signature, **{name: 8}), monkeypatch).launch_ready is None
     unknown = tritons_launcher(bottom, signature, launch=lambda *arguments: bottom(*arguments))
     assert plan_with(unknown, monkeypatch).launch_ready is None
