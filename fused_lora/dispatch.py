@@ -1,4 +1,6 @@
-"""Which path computes a LoRA layer, and why: arithmetic on devices, dtypes, sizes and the kernels' tables of tiles.
+"""Which path computes a LoRA layer, and why, as far as requests, devices and dtypes decide it.
+
+What sizes decide of linear layers is in linear_choice.py.
 
 The request ("auto", "reference" or "triton") is read where the public function is called and travels with the op, so
 that backward takes the path forward took, on whichever thread it runs.

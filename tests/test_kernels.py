@@ -68,8 +68,9 @@ def test_touches_only_its_arguments_and_writes_every_element_once(
     with checked_addresses() as counts:
         results = run_all(module, t, dropout, dtype)
     # xa, y, dx; dyb and db with their reduction, twice; da; two low-rank updates. Or a mask drawn, a
-    # mask used, and the updates.
-    assert counts["launches"] >= (10 if module is fused else 4 if p > 0 else 2)
+    # mask used, and the updates. Of many 16-bit ranks torch computes xa, and dyb once, and few rows' da and db are one.
+    by_torch = dtype == torch.bfloat16 and shape[3] > 32
+    assert counts["launches"] >= ((7 if by_torch else 10) if module is fused else 4 if p > 0 else 2)
     assert not [name for name, value in results.items() if value.isnan().any()]
 
 
