@@ -115,7 +115,6 @@ FEW_RANKS, FEWEST_ROWS_OF_PANELS = 32, 17
 # And where a mask is drawn for the panel: rows from which that takes longer than reading the weight does in so few
 # parts that these times the outputs are less than the last; then so many programs draw.
 FEWEST_DRAWN_ROWS, DRAWING_PROGRAMS, HIDDEN_PARTS = 65, 64, 26_000
-MOST_PARTS = 64
 
 
 @lru_cache(maxsize=1024)
@@ -142,7 +141,7 @@ def drawing(tile: DecodeTile, processors: int, rows: int, inputs: int, outputs: 
     programs = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n) * tile.splits + panels * tile.parts
     if programs <= processors and tile.parts * outputs >= HIDDEN_PARTS:
         return tile
-    return replace(tile, parts=max(1, min(DRAWING_PROGRAMS // panels, inputs // tile.panel_k, MOST_PARTS)))
+    return replace(tile, parts=max(1, min(DRAWING_PROGRAMS // panels, inputs // tile.panel_k)))
 
 
 def fitted(capability: int, processors: int, rows: int, outputs: int, ranks: int = 0) -> DecodeTile:

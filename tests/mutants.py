@@ -254,7 +254,13 @@ MUTANTS = (
         "masks drawn by as many programs", DECODE_TILES, "tile.parts * outputs >= HIDDEN_PARTS", "True", ONE_LAUNCH_PATH
     ),
     Mutant("masks of few rows drawn by many", DECODE_TILES, " and rows >= FEWEST_DRAWN_ROWS", "", ONE_LAUNCH_PATH),
-    Mutant("parts of a mask that are empty", DECODE_TILES, "inputs // tile.panel_k, ", "", ONE_LAUNCH_PATH),
+    Mutant(
+        "parts of a mask that are empty",
+        DECODE_TILES,
+        "min(DRAWING_PROGRAMS // panels, inputs // tile.panel_k)",
+        "DRAWING_PROGRAMS // panels",
+        ONE_LAUNCH_PATH,
+    ),
     Mutant("one piece of many parts", DECODE, "start_r + tl.arange(0, SUM_R)", "tl.arange(0, SUM_R)", ONE_LAUNCH),
     Mutant("small tiles for masks of any rows", PANEL, "2 * cdiv(M, tile.block_m)", "cdiv(0, tile.block_m)", TABLES),
     Mutant("small tiles in spite of a table", PANEL, " and tiles is HOPPER", "", TABLES),
