@@ -85,8 +85,8 @@ def _produce(
         tl.store(part_ptrs, acc, mask=in_rows & in_ranks)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == PARTS - 1:
-        # All parts of a piece are read at once; of many, as much as registers hold.
-        SUM_R: tl.constexpr = BLOCK_R if PARTS <= 8 else min(BLOCK_R, 1024 // BLOCK_M)
+        # All parts of a piece are read at once, which takes registers.
+        SUM_R: tl.constexpr = min(BLOCK_R, 16384 // (BLOCK_M * triton.next_power_of_2(PARTS)))
         for start_r in range(0, RANKS, SUM_R):
             ranks = start_r + tl.arange(0, SUM_R)
             inside = in_rows & (ranks < RANKS)[None, :]
