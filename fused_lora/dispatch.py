@@ -2,8 +2,8 @@
 
 What sizes decide of linear layers is in linear_choice.py.
 
-The request ("auto", "reference" or "triton") is read where the public function is called and travels with the op, so
-that backward takes the path forward took, on whichever thread it runs.
+The request (a backend, or BATCH_INVARIANT) is read where the public function is called and travels with the op, so that
+backward chooses by the one that forward chose by, on whichever thread it runs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Choice:
     """A path and the reason for it, in words.
 
-    "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels. "unfused":
-    cuBLAS for every product, kernels for the masks. "decode": one kernel for the whole of a linear layer's forward, and
-    for most of its backward. "batch_invariant": that forward with tiles that no number of rows changes, or row by row
+    "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels,
+    but for panels of many ranks, which are cuBLAS's. "unfused": cuBLAS for the large products, kernels for masks and
+    for few rows' gradients of the adapter. "decode": one kernel for the whole of a linear layer's forward, and for most
+    of its backward. "batch_invariant": that forward with tiles that no number of rows changes, or row by row
     where it cannot run.
     """
 
@@ -133,7 +134,8 @@ def choose(request: str, device: torch.device, dtype: torch.dtype, adapter_dtype
     """The path for these tensors: the kernels wherever they run, the reference elsewhere.
 
     Warns, once per reason, where a GPU falls back to the reference unasked. Raises RuntimeError if the request is
-    "triton" or "unfused" and the kernels cannot run. A CPU takes the kernels only on request, in Triton's interpreter.
+    "triton", "unfused" or "decode" and the kernels cannot run. A CPU takes the kernels only on request, in Triton's
+    interpreter.
     """
     if request == "reference":
         return Choice("reference", "it was asked for, by use_backend or FUSED_LORA_BACKEND")

@@ -1,4 +1,4 @@
-"""Which path a layer's call would take, asked before it is made."""
+"""Which path a layer's forward would take, asked before it is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .linear_choice import INVARIANT, choose_forward
 
 
 def explain(layer: nn.Module, x: Tensor) -> Choice:
-    """Says which path `layer(x)` would take now, and why, without computing anything.
+    """Says which path `layer(x)` would take now, and why, without computing anything; its backward may take another.
 
     layer: a fused_lora layer. x: its input; only shape, device and dtype are read. A convolution itself is torch's
     in any case; the path is that of its effective weight.

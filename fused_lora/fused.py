@@ -1,4 +1,7 @@
-"""The same functions as reference.py, computed by the Triton kernels on their tensors' device."""
+"""The same functions as reference.py, computed by the Triton kernels on their tensors' device.
+
+Panels of many ranks are cuBLAS's.
+"""
 
 from __future__ import annotations
 

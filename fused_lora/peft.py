@@ -153,10 +153,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """Says of every LoRA layer of a PEFT model which path its forward would take now, and why.
+    """Says of every LoRA layer of a PEFT model whether PEFT's own forward would run now, "plain", or ours, and why.
 
-    It goes by the state of the layers, the current autocast and backend, and an input of the base weight's dtype and
-    device without further arguments.
+    Which kernels ours takes depends on the rows too, which nobody knows here. It goes by the state of the layers, the
+    current autocast and backend, and an input of the base weight's dtype and device without further arguments.
     Raises RuntimeError, as the call itself would, where the forced backend cannot run.
     """
     return Report({name: _path(m) for name, m in model.named_modules() if isinstance(m, LoraLayer)})

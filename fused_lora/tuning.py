@@ -1,8 +1,8 @@
 """`tune`: a table of tiles for the GPU at hand, found by trials around the table that it has now.
 
 For each kernel in turn: the tiles that differ from the present one by one step are tried, the fastest takes its place
-if it gains enough, and so on from there. A tile is timed only if the whole layer, computed with it, is as accurate as
-with the table that the search began with, and gives the same bits twice.
+if it gains enough, and so on from there. A tile is timed only if the whole layer, computed with it, errs at most
+twice as much as with the table that the search began with, and gives the same bits twice.
 """
 
 from __future__ import annotations

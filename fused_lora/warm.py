@@ -1,4 +1,4 @@
-"""`warmup`: compiles every kernel that a model will launch, before a timed loop or a graph capture begins."""
+"""`warmup`: compiles what unmerged LoRA layers will launch, before a timed loop or a graph capture begins."""
 
 from __future__ import annotations
 

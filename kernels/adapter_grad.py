@@ -1,12 +1,12 @@
-"""An adapter's gradient, from one read of left: grad = scale * (keep * left).T @ panel, [I, R].
+"""An adapter's gradient, from one read of left: grad = (keep * left).T @ panel, [I, R].
 
 db  left dy [M, N], panel xa,  and dyb = scaling * dy @ b [M, R] from the same read; for each enabled slice
 da  left x [M, K],  panel dyb, with the mask's bits; stored transposed, [R, K]
 
-A program owns BLOCK_I columns and a run of rows. Its sums are partial; reduce.py adds them up in a fixed order.
+A program owns BLOCK_I columns and a run of rows. Of several runs, reduce.py adds up the sums in a fixed order.
 
 dx depends on neither, and its GEMM leaves room on most multiprocessors and, in its last wave, some of them idle. Where
-GPUs can (config.py's `overlaps`), these kernels begin while it runs: see fused_linear.py's `grad_input`.
+GPUs can (config.py's `overlaps`), those that come after it begin while it runs: see fused_linear.py's `grad_input`.
 """
 
 from __future__ import annotations

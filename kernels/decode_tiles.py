@@ -2,7 +2,8 @@
 
 The tiles for up to so many rows stand from narrow to wide. That one is taken with which the programs of all tiles run
 at once, beside those that compute the panel; if there is room left, K is split, for many ranks the panel's K rather
-than the output's. The last ones serve more rows too.
+than the output's. The last ones serve more rows too. Where a mask is drawn for the panel, its K is cut for more
+programs, room or not.
 """
 
 from __future__ import annotations

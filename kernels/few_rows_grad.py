@@ -1,7 +1,7 @@
 """Both of an adapter's gradients from few rows in one launch: da = dyb.T @ (keep * x) and db = dy.T @ xa.
 
-A program owns BLOCK_I columns of x or of dy and reads all of their rows, which makes sense for a thousand at most: with
-more, adapter_grad.py divides the rows too.
+A program owns BLOCK_I columns of x or of dy and reads all of their rows, which makes sense for two thousand at most:
+with more, adapter_grad.py divides the rows too.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _in_force: Tiles | None = None
 
 @contextmanager
 def use_tiles(tiles: Tiles) -> Iterator[None]:
-    """Within the block every kernel of the process takes this table, for regular sizes in 16-bit dtypes.
+    """Within the block every kernel of the process that goes by a table takes this one, for regular sizes in 16 bits.
 
     A captured CUDA graph keeps the tiles that it was captured with. Raises TypeError if tiles is no `Tiles`.
     """

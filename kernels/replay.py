@@ -2,9 +2,9 @@
 
 Most of the host's time in a forward or a backward goes into finding out what to launch, which follows from dtypes,
 shapes, strides, alignments and a few numbers. The second time that the same of them come, it is written down what is
-allocated, launched, multiplied by torch and given back, in this order; from then on that is done for other tensors. A
-call in which anything else happens, another operation of torch's or a launch in memory of unknown origin, is never
-repeated.
+allocated, launched, multiplied or converted by torch and given back, in this order; from then on that is done for
+other tensors. A call in which anything else happens, another operation of torch's or a launch in memory of unknown
+origin, is never repeated.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class Recording(TorchDispatchMode):
 
 
 def replayed(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: Callable[[], Results]) -> Results:
-    """call's results, from launches alone if it was called before for tensors of the same kind and the same facts.
+    """call's results, from a recording if it was called twice before for tensors of the same kind and the same facts.
 
     given: all tensors that call reads, the first of them on the GPU that is current. facts: whatever else determines
     what call does, but for tables of tiles, which a `use_tiles` changes, and torch's matmul precision for float32.
