@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose, counted, requested_backend
-from .kernels.lookup import tiles_in_force
+from .kernels.lookup import instrumentation, tiles_in_force
 from .linear_choice import choose_forward
 from .ops import direct
 
@@ -47,7 +47,7 @@ def key_of(
     if type(scaling) is not float or not _here(x) or counted() or torch._C._is_any_autocast_enabled():
         return None
     return (
-        requested_backend(), scaling, fan_in_fan_out, tuple(enable_lora),
+        requested_backend(), scaling, fan_in_fan_out, tuple(enable_lora), instrumentation(),
         x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16,
         weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
         lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
@@ -63,7 +63,7 @@ def weight_key_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     if type(scaling) is not float or not _here(weight) or counted() or tiles_in_force():
         return None
     return (
-        scaling, requested_backend(),
+        scaling, requested_backend(), instrumentation(),
         weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
         lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
         lora_B.dtype, lora_B.shape, lora_B.stride(), lora_B.get_device(), lora_B.data_ptr() % 16,

@@ -8,7 +8,10 @@ is captured. Where that is used up, a captured launch is given fresh words, whic
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,22 +28,28 @@ class _Pool:
     words: Tensor
     given: int = 0
     of_stream: dict[int, Tensor] = field(default_factory=dict)
+    giving: Any = field(default_factory=RLock)
 
     def take(self, count: int) -> Tensor | None:
         """count words for good, from a multiple of 32 bytes on; None if there are not so many left."""
-        first = self.given
-        if first + count > len(self.words):
-            return None
-        self.given += -(-count // 8) * 8
+        with self.giving:
+            first = self.given
+            if first + count > len(self.words):
+                return None
+            self.given += -(-count // 8) * 8
         return self.words[first : first + count]
 
     def shared(self, stream: int) -> Tensor | None:
         """The words of a stream; None if there are too many streams."""
         words = self.of_stream.get(stream)
-        if words is None and len(self.of_stream) < _MOST_STREAMS:
-            words = self.take(_WORDS_OF_A_STREAM)
-            if words is not None:
-                self.of_stream[stream] = words
+        if words is not None:
+            return words
+        with self.giving:
+            words = self.of_stream.get(stream)
+            if words is None and len(self.of_stream) < _MOST_STREAMS:
+                words = self.take(_WORDS_OF_A_STREAM)
+                if words is not None:
+                    self.of_stream[stream] = words
         return words
 
 
@@ -48,10 +57,16 @@ _pools: dict[int, _Pool] = {}
 
 
 def _new_pool(device: torch.device) -> _Pool:
-    words = torch.zeros(_POOL_WORDS, dtype=torch.int32, device=device)
-    # Whichever stream comes next must find them zero.
-    torch.cuda.synchronize(device)
-    return _Pool(words)
+    """Made on a thread of its own, since what this one allocates may belong to a CUDA graph of torch.compile's."""
+
+    def make() -> _Pool:
+        words = torch.zeros(_POOL_WORDS, dtype=torch.int32, device=device)
+        # Whichever stream comes next must find them zero.
+        torch.cuda.synchronize(device)
+        return _Pool(words)
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(make).result()
 
 
 def flags_for(x: Tensor, count: int) -> Tensor:

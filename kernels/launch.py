@@ -17,6 +17,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .lookup import instrumentation
+
 # What the addresses of rows are multiples of for the GPU's copy engine.
 COPIED_BYTES = 16
 _MOST_PLANS = 4096
@@ -181,7 +183,7 @@ def new_describable(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> T
 def _key(kernel: Any, tensors: Mapping[str, Tensor | None], facts: tuple[Hashable, ...]) -> tuple[Hashable, list[Any]]:
     """What a plan is found by, and the tensors' addresses."""
     # A plan keeps its kernel, whose id is therefore given to no other.
-    determining: list[Hashable] = [id(kernel), facts]
+    determining: list[Hashable] = [id(kernel), facts, instrumentation()]
     given: list[Any] = []
     for tensor in tensors.values():
         if tensor is None:
@@ -210,8 +212,8 @@ def launch(
     """kernel[grid](**tensors, **made, **descriptors, **others), where `arguments` returns grid and others.
 
     Triton spends most of a launch's host time on finding the compiled kernel from the arguments. Here it is found from
-    what determines them: every tensor's dtype, shape, strides, device and alignment, and the facts, any other values.
-    `arguments` is called only the first time.
+    what determines them: every tensor's dtype, shape, strides, device and alignment, the facts, any other values, and
+    how Triton instruments. `arguments` is called only the first time.
 
     tensors: by the kernel's names for them. made: tensors that were allocated for this launch, at aligned addresses, of
     sizes and dtypes that the rest determines. descriptors: of such tensors and a block each, which the kernel takes

@@ -1,4 +1,4 @@
-"""Which table of tiles a kernel takes.
+"""Which table of tiles a kernel takes, and what else is in force for all kernels of the process.
 
 Regular sizes in 16-bit dtypes have one of the GPU's own, the first of: that of `use_tiles`; the file that
 FUSED_LORA_TILES names; the file for this GPU in tuned/, which ships with the package; its architecture's; `SAFE`. The
@@ -8,6 +8,7 @@ files are looked for when a device first needs its table. Nothing measured is re
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -44,6 +45,13 @@ def use_tiles(tiles: Tiles) -> Iterator[None]:
 def tiles_in_force() -> bool:
     """Whether a `use_tiles` is in force."""
     return _in_force is not None
+
+
+def instrumentation() -> str:
+    """How Triton instruments what it compiles now, as its sanitizers and its profiler ask; "" where it does not."""
+    # Without Triton, which not everybody who asks imports, nothing was compiled.
+    knobs = sys.modules.get("triton.knobs")
+    return "" if knobs is None else knobs.compilation.instrumentation_mode
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bool = True) -> Tiles:

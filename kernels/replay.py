@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .flags import flags_for
 from .launch import Described, Plan, Pointer, recording_by, watched
-from .lookup import tiles_in_force
+from .lookup import instrumentation, tiles_in_force
 
 Results = tuple[Tensor | None, ...]
 
@@ -32,6 +33,7 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.addmm.default: torch.addmm,
     torch.ops.aten.addmm_.default: Tensor.addmm_,
     torch.ops.aten._to_copy.default: torch.ops.aten._to_copy.default,
+    torch.ops.aten.to.dtype: Tensor.to,
 }
 _MOST_PROGRAMS, _MOST_READY = 1024, 4096
 _ONCE, _NEVER = "seen once", "not to be repeated"
@@ -179,16 +181,29 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
+def _overlap(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether two of them reach into one another."""
+    spans = []
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() > 0:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
+    spans.sort()
+    return any(start < end for (_, end), (start, _) in pairwise(spans))
+
+
 class Recording(TorchDispatchMode):
     """Writes down what happens in its block for the given tensors, and whether that can be repeated."""
 
     def __init__(self, given: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.given = given
+        self.starts = {t.data_ptr(): value for value, t in enumerate(given) if t is not None and t.numel() > 0}
         self.events: list[_Event] = []
         self.live: dict[int, _Live] = {}
         self.values = len(given)
-        self.repeatable = True
+        # Of two that share memory, what is read could be either's or a part of either.
+        self.repeatable = not _overlap(given)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -236,9 +251,8 @@ class Recording(TorchDispatchMode):
         for value, live in self.live.items():
             if live.storage_pointer == storage_pointer or live.pointer == pointer:
                 return _Address(value, pointer - live.pointer)
-        # A part of a given tensor could be one of another that shares its memory.
-        same = [value for value, other in enumerate(self.given) if other is not None and other.data_ptr() == pointer]
-        return _Address(same[0], 0) if len(same) == 1 else None
+        given = self.starts.get(pointer)
+        return None if given is None else _Address(given, 0)
 
     def _view(self, tensor: Tensor) -> _View | None:
         at = self._address(tensor)
@@ -286,7 +300,7 @@ def replayed(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: 
     kinds: list[Hashable] = [
         None if t is None else (t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() % 16) for t in given
     ]
-    key = (facts, *kinds)
+    key = (facts, instrumentation(), *kinds)
     program = _programs.get(key)
     if isinstance(program, Program):
         return program(given)

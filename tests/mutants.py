@@ -52,6 +52,7 @@ FIRST_WAVE = "kernels/first_wave.py"
 NARROW = "kernels/narrow.py"
 REPLAY = "kernels/replay.py"
 LAUNCH = "kernels/launch.py"
+FLAGS = "kernels/flags.py"
 FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
 REPEAT = "fused_lora/repeat.py"
@@ -96,6 +97,7 @@ CROSSED = ("tests/test_extended.py", "-k", "cross")
 COPIED = ("tests/test_extended.py", "-k", "copied")
 LEFT = ("tests/test_extended.py", "-k", "left")
 RECORDED = ("tests/test_replay.py",)
+WORDS = ("tests/test_flags.py",)
 REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
@@ -149,7 +151,36 @@ MUTANTS = (
         RECORDED,
     ),
     Mutant("repeated in spite of torch's operations", REPLAY, "elif not func.is_view", "elif False", RECORDED),
-    Mutant("one of two tensors at an address", REPLAY, "if len(same) == 1 else", "if same else", RECORDED),
+    Mutant("one of two tensors at an address", REPLAY, "not _overlap(given)", "True", RECORDED),
+    Mutant("tensors as long as their rows", REPLAY, "(size - 1) * stride", "stride", RECORDED),
+    Mutant("a conversion that is not repeated", REPLAY, "    torch.ops.aten.to.dtype: Tensor.to,\n", "", RECORDED),
+    Mutant("repeated while Triton instruments", REPLAY, "(facts, instrumentation(), *", "(facts, *", RECORDED),
+    Mutant(
+        "launched while Triton instruments", LAUNCH, "facts, instrumentation()]", "facts]", ("tests/test_launch.py",)
+    ),
+    Mutant("called while Triton instruments", REPEAT, "(enable_lora), instrumentation(),", "(enable_lora),", AGAIN),
+    Mutant(
+        "merged while Triton instruments",
+        REPEAT,
+        "requested_backend(), instrumentation(),",
+        "requested_backend(),",
+        AGAIN,
+    ),
+    Mutant(
+        "words for two threads",
+        FLAGS,
+        "        with self.giving:\n            first",
+        "        if True:\n            first",
+        WORDS,
+    ),
+    Mutant(
+        "two words for a stream",
+        FLAGS,
+        "            words = self.of_stream.get(stream)\n            if",
+        "            if",
+        WORDS,
+    ),
+    Mutant("words of a graph", FLAGS, "executor.submit(make).result()", "make()", WORDS),
     Mutant(
         "memory of unknown origin",
         REPLAY,
@@ -292,7 +323,7 @@ MUTANTS = (
         "add_kept_(dx.addmm_(dyb, in_dtype(lora_A, dy.dtype)), 0 * dyb, lora_A, bits, None)",
         UNFUSED_HALF,
     ),
-    Mutant("repeated with other numbers", REPLAY, "key = (facts, *kinds)", "key = (*kinds,)", RECORDED),
+    Mutant("repeated with other numbers", REPLAY, "key = (facts, instr", "key = (instr", RECORDED),
     Mutant("repeated at any alignment", REPLAY, ", t.data_ptr() % 16) for", ") for", RECORDED),
     Mutant("repeated for other shapes", REPLAY, "t.shape, t.stride(), t.get", "t.stride(), t.get", RECORDED),
     Mutant("memory that is never given back", REPLAY, "self.events.append(_Release(value))", "pass", RECORDED),

@@ -105,6 +105,15 @@ def test_while_there_are_hooks_triton_launches_and_sees_the_tensors(
     assert len(compiled.launched) == 2
 
 
+def test_each_way_in_which_triton_instruments_has_its_own_kernel(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("", "fpsan", "", "fpsan", ""):
+        monkeypatch.setattr(knobs.compilation, "instrumentation_mode", mode)
+        kernel.launch(torch.zeros(4), torch.zeros(4))
+    assert [len(compiled.launched) for compiled in kernel.compiled] == [2, 1]
+
+
 def test_triton_itself_has_no_hooks_until_they_are_asked_for() -> None:
     assert not module.watched()
     knobs.runtime.launch_enter_hook.add(print)

@@ -5,8 +5,10 @@ The kernel runs in the interpreter; a stand-in for its plan notes what it would 
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+from triton import knobs
 
 import fused_lora
 from fused_lora import repeat
@@ -218,6 +222,17 @@ def within(block: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
     return call
 
 
+@contextmanager
+def instrumented() -> Iterator[None]:
+    """For one call, since its kernel is then found as any other's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knobs.compilation, "instrumentation_mode", f"mode {next(MODES)}")
+        yield
+
+
+MODES = itertools.count()
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -227,6 +242,7 @@ LONG_WAYS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "autocast": autocast,
     "paths are counted": counted,
     "another backend": within(lambda: fused_lora.use_backend("unfused")),
+    "Triton instruments": within(instrumented),
     "batch_invariant": within(fused_lora.batch_invariant),
     "training": lambda t: lora_linear(**t, training=True),
     "a tensor for scaling": lambda t: lora_linear(**t | {"scaling": torch.tensor(0.5)}),
@@ -389,6 +405,7 @@ WEIGHTS_LONG_WAYS: dict[str, Callable[[], Any]] = {
     "paths are counted": fused_lora.count_paths,
     "another backend": lambda: fused_lora.use_backend("reference"),
     "other tiles": lambda: lookup.use_tiles(SAFE),
+    "Triton instruments": instrumented,
 }
 
 

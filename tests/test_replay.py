@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+from triton import knobs
 
 import fused_lora
 from fused_lora import Choice, fused, linear_op, ops
@@ -167,7 +170,7 @@ def test_memory_is_given_back_when_it_was(kernel: Compiled) -> None:
     ]  # fmt: skip
 
 
-def test_other_kinds_are_done_from_the_start(kernel: Compiled) -> None:
+def test_other_kinds_are_done_from_the_start(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     work, x, w = Work(kernel), some(4, 8), some(4, 8)
     for _ in range(3):
         work(x, w, 1.0)
@@ -181,6 +184,9 @@ def test_other_kinds_are_done_from_the_start(kernel: Compiled) -> None:
         calls = work.calls
         other()
         assert work.calls == calls + 1
+    monkeypatch.setattr(knobs.compilation, "instrumentation_mode", "fpsan")
+    work(x, w, 1.0)
+    assert work.calls == calls + 2
 
 
 OUTSIDE = torch.zeros(4, 8)
@@ -240,6 +246,25 @@ def test_tensors_at_one_address_are_not_told_apart(kernel: Compiled) -> None:
     for _ in range(4):
         work(both[0], both[1], 1.0)
     assert work.calls == 6
+
+
+def test_tensors_that_reach_into_one_another_are_not_told_apart(kernel: Compiled) -> None:
+    """What is a part of one of them is the start of the other one, as long as they are recorded."""
+    calls = 0
+
+    def of_the_later_rows(x: Tensor, w: Tensor) -> tuple[Tensor]:
+        nonlocal calls
+        calls += 1
+        sums = x.new_empty(2, 8)
+        add(kernel, x[2:], w, sums, 2.0)
+        return (sums,)
+
+    for number in range(4):
+        x = some(4, 8)
+        w = x[2:] if number < 2 else some(2, 8)
+        (sums,) = replayed((x, w), (), lambda x=x, w=w: of_the_later_rows(x, w))
+        assert sums is not None and torch.equal(sums, 2 * x[2:] + w)
+    assert calls == 4
 
 
 def test_words_that_a_launch_counts_in_are_asked_for_each_time(
@@ -328,7 +353,9 @@ def test_the_same_addresses_are_made_ready_once(kernel: Compiled, monkeypatch: p
     assert [expanded(*each) for each in kept] == [1] * 9 and len(replay._ready) == 3
 
 
-def test_products_of_torch_are_repeated(kernel: Compiled) -> None:
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_products_of_torch_are_repeated(kernel: Compiled, mode: Callable[[], AbstractContextManager[None]]) -> None:
+    """Where nothing can be differentiated, torch does not take its operations apart beforehand."""
     calls = 0
 
     def products(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -336,12 +363,13 @@ def test_products_of_torch_are_repeated(kernel: Compiled) -> None:
         calls += 1
         y = torch.addmm(x.new_empty(1), x, w.t(), beta=0, alpha=2.0)
         z = torch.mm(y.t(), x)
-        z.addmm_(y[1:].t(), y[1:] @ w, alpha=-0.5)
+        z.addmm_(y[1:].t(), torch.mm(y[1:], w), alpha=-0.5)
         return z, z.to(torch.bfloat16), y.t()[2:]
 
     for _ in range(5):
         x, w = some(4, 8), some(7, 8)[1:]
-        found = replayed((x, w), (), lambda x=x, w=w: products(x, w))
+        with mode():
+            found = replayed((x, w), (), lambda x=x, w=w: products(x, w))
         expected = products(x, w)
         calls -= 1
         for one, other in zip(found, expected, strict=True):
