@@ -1,6 +1,7 @@
 """Whether a candidate's numbers are right: against float64, by twice the unfused expression's error in the same dtype.
 
-A wrong result raises, and the benchmark prints no speed.
+What is compared is what a clock would see: a call after several, and without dropout, where a graph can hold it, a
+replay. A wrong result raises, and the benchmark prints no speed.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.peers import OURS, Layer, Step, fused_with_seed, on_backend
+from benchmarks.peers import OURS, Layer, Step, capturable, fused_with_seed, on_backend
+from benchmarks.timing import capture
 from fused_lora.reference import Dropout, dropout_threshold
 
 NAMES = ("y", "dx", "da", "db")
+# Ours writes down at its second call what it repeats from its third on.
+CALLS = 4
+# Of torch's generator before each call.
+SEED = 97
 # Elements of an error that are held in float64 at once.
 _CHUNK = 1 << 26
 
 
 def mask_and_seed(layer: Layer) -> tuple[Tensor | None, float, Tensor]:
-    """The dropout mask of a fixed seed (None without dropout), the probability to keep, and that seed."""
-    seed = torch.tensor([97], device=layer.x.device)
+    """The dropout mask that a layer of ours draws after SEED, the probability to keep, and the mask's seed.
+
+    Without dropout there is no mask.
+    """
+    torch.manual_seed(SEED)
+    seed = torch.randint(0, 2**63 - 1, (1,), device=layer.x.device)
     threshold = dropout_threshold(layer.p)
     if threshold == 0:
         return None, 1.0, seed
@@ -72,12 +82,30 @@ def largest_error(actual: Tensor, truth: Tensor) -> float:
     return float(torch.stack(parts).max())
 
 
-def check(
-    layer: Layer, candidates: dict[str, Step], *, backends: Sequence[str] = ("auto",), rows: int | None = None
-) -> None:
-    """Ours with a fixed mask and, without dropout, every candidate; with it they draw masks that nobody can know.
+def as_graph(step: Step) -> Step:
+    """The step's results as its CUDA graph leaves them."""
+    results: list[tuple[Tensor, ...]] = []
+    graph = capture(lambda: results.append(step()))
 
-    backends: the paths of ours to check, by their names for `fused_lora.use_backend`.
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return results[-1]
+
+    return replay
+
+
+def check(
+    layer: Layer,
+    candidates: dict[str, Step],
+    *,
+    ours: Sequence[str] = (OURS,),
+    backends: Sequence[str] = ("auto",),
+    rows: int | None = None,
+) -> None:
+    """Our function with a given mask, and every candidate; of others than ours, which draw unknown masks, without one.
+
+    ours: the candidates that are layers of ours.
+    backends: the paths of our function to check, by their names for `fused_lora.use_backend`.
     rows: compare y and dx at this many of the first and of the last rows only; None is all. da and db sum over all
     rows in any case. Raises AssertionError, naming the candidate and the result.
     """
@@ -94,12 +122,20 @@ def check(
         bounds.append(2 * largest_error(_compared(name, theirs, sample), truth) + unit)
     fixed = fused_with_seed(layer, seed)
     known = {f"{OURS} with a given mask, {name}": on_backend(fixed, name) for name in backends}
-    if layer.p == 0:
-        known |= candidates
-    for candidate, step in known.items():
-        for name, actual, truth, bound in zip(NAMES, step(), truths, bounds, strict=True):
+    known |= {name: step for name, step in candidates.items() if layer.p == 0 or name in ours}
+
+    def compare(candidate: str, step: Step) -> None:
+        for _ in range(CALLS):
+            torch.manual_seed(SEED)
+            results = step()
+        for name, actual, truth, bound in zip(NAMES, results, truths, bounds, strict=True):
             error = largest_error(_compared(name, actual, sample), truth)
             assert error <= bound, f"{candidate}: {name} is off by {error:.3e}, more than {bound:.3e}"
+
+    for candidate, step in known.items():
+        compare(candidate, step)
+        if layer.p == 0 and layer.x.is_cuda and capturable(candidate, layer):
+            compare(f"{candidate}, as a CUDA graph", as_graph(step))
 
 
 def _compared(name: str, result: Tensor, sample: Tensor) -> Tensor:

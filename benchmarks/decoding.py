@@ -28,8 +28,8 @@ import fused_lora.peft
 from benchmarks.accuracy import largest_error
 from benchmarks.model import DTYPE, LORA_ALPHA, Candidate, adapter_values, base_model, build, projections, sharing_copy
 from benchmarks.peers import path_of
-from benchmarks.report import Progress, Results, parser
-from benchmarks.timing import Timing, capture, machine_header, release_memory, run_ms
+from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.timing import Timing, capture, release_memory, run_ms
 
 MERGED, UNFUSED, FUSED = "merged", "unfused (PEFT)", "fused (accelerate)"
 GOAL = 1.05
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"of {options.rounds} rounds"
     )
     versions = {"transformers": transformers.__version__, "peft": peft.__version__}
-    results = Results(title, machine_header(options.commit, options.device) | versions)
+    results = Results(title, header_of(options) | versions)
     for batch in options.batch:
         with torch.inference_mode():
             results.records += measure_batch(candidates, batch, options)

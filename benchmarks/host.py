@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import fused_lora
 from benchmarks.layers import check
 from benchmarks.peers import path_of
-from benchmarks.report import Progress, Results, parser
-from benchmarks.timing import machine_header, synchronize
+from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.timing import synchronize
 
 DTYPE = torch.bfloat16
 DROPOUTS = (0.0, 0.1)
@@ -67,8 +67,8 @@ class Candidate:
         return (forwarded - began) * 1e6, (ended - began) * 1e6
 
 
-def cases(tokens: int, shrink: int) -> Iterator[Case]:
-    """The layers; shrink divides every size."""
+def cases(tokens: int, r: int, shrink: int) -> Iterator[Case]:
+    """The layers of rank r; shrink divides every size."""
     width, channels, size = 4096 // shrink, 256 // shrink, max(4, 14 // shrink)
     embeddings, embedding_dim = 50257 // shrink, 1024 // shrink
 
@@ -80,28 +80,28 @@ def cases(tokens: int, shrink: int) -> Iterator[Case]:
 
     yield Case(
         f"Linear {width}→{width}, M={tokens}",
-        lambda package, p: package.Linear(width, width, r=16, lora_alpha=32, lora_dropout=p),
+        lambda package, p: package.Linear(width, width, r=r, lora_alpha=32, lora_dropout=p),
         lambda: nn.Linear(width, width),
         x,
     )
     yield Case(
         f"MergedLinear {width}→3·{width} (T,F,T), M={tokens}",
         lambda package, p: package.MergedLinear(
-            width, 3 * width, r=16, lora_alpha=32, lora_dropout=p, enable_lora=[True, False, True]
+            width, 3 * width, r=r, lora_alpha=32, lora_dropout=p, enable_lora=[True, False, True]
         ),
         lambda: nn.Linear(width, 3 * width),
         x,
     )
     yield Case(
         f"Conv2d {channels}→{channels} 3x3, 1x{size}x{size}",
-        lambda package, p: package.Conv2d(channels, channels, 3, r=16, lora_alpha=32, padding=1),
+        lambda package, p: package.Conv2d(channels, channels, 3, r=r, lora_alpha=32, padding=1),
         lambda: nn.Conv2d(channels, channels, 3, padding=1),
         image,
         (0.0,),
     )
     yield Case(
         f"Embedding {embeddings}x{embedding_dim}, M={tokens}",
-        lambda package, p: package.Embedding(embeddings, embedding_dim, r=16, lora_alpha=32),
+        lambda package, p: package.Embedding(embeddings, embedding_dim, r=r, lora_alpha=32),
         lambda: nn.Embedding(embeddings, embedding_dim),
         lambda device: torch.randint(embeddings, (tokens,), device=device),
         (0.0,),
@@ -187,21 +187,25 @@ def add_table(results: Results) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options_of: argparse.ArgumentParser = parser(__doc__, "host")
-    options_of.add_argument("--tokens", type=int, default=16)
+    options_of.add_argument("--tokens", type=int, nargs="+", default=[16])
+    options_of.add_argument("--r", type=int, default=16)
     options_of.add_argument("--only", nargs="+", default=[""], help="layers whose name holds such a text")
     options_of.add_argument("--rounds", type=int, default=8)
     options_of.add_argument("--calls", type=int, default=CALLS, help="timed calls of a candidate in a round")
     options_of.add_argument("--shrink", type=int, default=1, help="divide every size by this, to try the code")
     options = options_of.parse_args(arguments)
+    every = (case for tokens in options.tokens for case in cases(tokens, options.r, options.shrink))
+    # Only some have a number of tokens.
+    chosen = list({case.name: case for case in every if any(text in case.name for text in options.only)}.values())
+    if not chosen:
+        options_of.error(f"--only is {options.only}; expected texts of the layers' names.")
     say = Progress()
     title = (
         "Host time of one layer's forward + backward without CUDA graphs, in brackets of its forward: microseconds, "
-        f"bfloat16, r=16, medians of {options.rounds * options.calls} calls that each find the GPU idle"
+        f"bfloat16, r={options.r}, medians of {options.rounds * options.calls} calls that each find the GPU idle"
     )
-    results = Results(title, machine_header(options.commit, options.device))
-    for case in cases(options.tokens, options.shrink):
-        if not any(text in case.name for text in options.only):
-            continue
+    results = Results(title, header_of(options))
+    for case in chosen:
         candidates = candidates_of(case, options.device)
         time_all(candidates, options.rounds, options.calls, options.device)
         for (name, p), candidate in candidates.items():

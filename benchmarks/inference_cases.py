@@ -39,15 +39,15 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and input: each candidate's calls, one a copy, and what tells whether the first of them is right.
+    """One layer and input: each candidate's calls, one a copy, and what tells by the copy's number whether it is right.
 
     plain_bytes: of weight, input and output, each once. adapter_bytes: of lora_A and lora_B, what is read of them.
     flops: of the base's product; 0 for a lookup.
     """
 
     calls: dict[str, list[Call]]
-    yardstick: Call
-    truth: Call
+    yardstick: Callable[[int], Tensor]
+    truth: Callable[[int], Tensor]
     plain_bytes: int
     adapter_bytes: int
     flops: int
@@ -97,17 +97,18 @@ def terms_of(layer: Layer) -> list[tuple[slice, slice, Tensor]]:
 
 
 class Linears:
-    """The copies of one Linear or MergedLinear, frozen and in eval mode, for any number of tokens."""
+    """As many of one Linear or MergedLinear, frozen and in eval mode, as take turns, for any number of tokens."""
 
     def __init__(
         self, in_features: int, out_features: int, r: int, device: str, enable_lora: tuple[bool, ...] = (True,)
     ) -> None:
         sizes = 1, in_features, out_features, r, 0.0, DTYPE
-        first = replace(Layer.random(*sizes, enable_lora=enable_lora, device=device), scaling=SCALING)
-        tensors = {name: getattr(first, name).detach() for name in ("weight", "lora_A", "lora_B")}
-        count = copies(first.weight.nbytes, cache_bytes(device))
-        others = [replace(first, **{name: t.clone() for name, t in tensors.items()}) for _ in range(count - 1)]
-        self.layers = [replace(first, **tensors), *others]
+        count = copies(in_features * out_features * DTYPE.itemsize, cache_bytes(device))
+        self.layers = []
+        for seed in range(count):
+            layer = Layer.random(*sizes, enable_lora=enable_lora, device=device, seed=seed)
+            tensors = {name: getattr(layer, name).detach() for name in ("weight", "lora_A", "lora_B")}
+            self.layers.append(replace(layer, scaling=SCALING, **tensors))
         self.modules = [fused_module(layer, merge_weights=False).eval() for layer in self.layers]
 
     def case(self, tokens: int, compile_backend: str | Callable[..., Any] | None = None) -> Case:
@@ -134,11 +135,10 @@ class Linears:
         calls[FUSED] = [partial(module, x) for module in self.modules]
         if tokens <= MOST_INVARIANT_TOKENS:
             calls[INVARIANT] = [partial(invariantly, module, x) for module in self.modules]
-        same = replace(first, x=x)
         return Case(
             calls,
-            yardstick=lambda: unfused(same),
-            truth=lambda: unfused(widened(same)),
+            yardstick=lambda turn: unfused(replace(self.layers[turn], x=x)),
+            truth=lambda turn: unfused(widened(replace(self.layers[turn], x=x))),
             plain_bytes=x.nbytes + weight.nbytes + tokens * len(weight) * DTYPE.itemsize,
             adapter_bytes=first.lora_A.nbytes + first.lora_B.nbytes,
             flops=2 * tokens * weight.numel(),
@@ -180,16 +180,16 @@ class Embeddings:
             ADDMM: [partial(looked_up, indices, weight, a, b) for indices in turns],
             FUSED: [partial(self.module, indices) for indices in turns],
         }
-        indices = turns[0]
 
-        def rows(dtype: torch.dtype) -> Tensor:
+        def rows(turn: int, dtype: torch.dtype) -> Tensor:
+            indices = turns[turn]
             return weight[indices].to(dtype) + (a[:, indices].to(dtype).T @ b.to(dtype).T) * SCALING
 
         return Case(
             calls,
-            yardstick=lambda: rows(DTYPE),
-            truth=lambda: rows(torch.float64),
-            plain_bytes=2 * tokens * row + indices.nbytes,
+            yardstick=lambda turn: rows(turn, DTYPE),
+            truth=lambda turn: rows(turn, torch.float64),
+            plain_bytes=2 * tokens * row + turns[0].nbytes,
             adapter_bytes=tokens * len(a) * DTYPE.itemsize + b.nbytes,
             flops=0,
         )

@@ -30,8 +30,8 @@ from benchmarks.peers import (
     path_of,
     peers,
 )
-from benchmarks.report import Progress, Results, parser
-from benchmarks.timing import ROUNDS, WINDOW_MS, Timing, machine_header, measure, release_memory
+from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.timing import ROUNDS, WINDOW_MS, Timing, measure, release_memory
 
 DROPOUTS = (0.0, 0.1)
 
@@ -136,7 +136,7 @@ def measure_shape(
     clock = {"window_ms": options.window, "burst_rounds": options.burst_rounds, "device": options.device}
     timings = measure(steps, options.rounds, as_called=uncaptured, **clock)
     for key, row in rows.items():
-        row |= ratios(timings[key], timings["bare"])
+        row |= ratios(timings[key], timings["bare"]) | {"bare_sustained": timings["bare"].sustained}
     return list(rows.values())
 
 
@@ -199,10 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
     say = Progress()
     title = (
         "Forward + backward (y, dx, dA, dB) of one layer as a ratio to the bare frozen layer's two cuBLAS GEMMs, "
-        f"CUDA-graph replays, sustained, in brackets in a burst; medians of {options.rounds} rounds of "
-        f"{options.window:g} ms"
+        f"CUDA-graph replays, sustained{', in brackets in a burst' if options.burst_rounds else ''}; medians of "
+        f"{options.rounds} rounds of {options.window:g} ms"
     )
-    results = Results(title, machine_header(options.commit, options.device))
+    results = Results(title, header_of(options))
     chosen = [shape for shape in SHAPES if any(text in str(shape).replace("→", "x") for text in options.only)]
     if not chosen:
         options_of.error(f"--only is {options.only}; expected texts of these: {', '.join(map(str, SHAPES))}.")

@@ -19,8 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.accuracy import check
 from benchmarks.linear import DROPOUTS
 from benchmarks.peers import LORALIB, OURS, PEFT, Layer, fused, fused_module, loralib_module, peft_module
-from benchmarks.report import Progress, Results, parser
-from benchmarks.timing import machine_header
+from benchmarks.report import Progress, Results, header_of, parser
 
 SHAPES = ((4096, 4096), (4096, 14336))
 MIB = 2**20
@@ -85,6 +84,7 @@ def candidates(base: Layer, p: float) -> list[tuple[str, nn.Module, Layer]]:
         (f"{OURS}, float32 adapter", fused_module(wide), wide),
         (LORALIB, loralib_module(half), half),
         (f"{PEFT}, float32 adapter", peft_module(wide), wide),
+        (f"{PEFT}, bfloat16 adapter", peft_module(half, as_it_comes=False), half),
     ]
 
 
@@ -124,8 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_of.parse_args(arguments)
     say = Progress()
     title = f"Memory of one layer in training, MiB: bfloat16, {options.tokens} tokens, r=16"
-    results = Results(title, machine_header(options.commit, options.device))
+    results = Results(title, header_of(options))
     shapes = [shape for shape in SHAPES if any(text in "x".join(map(str, shape)) for text in options.only)]
+    if not shapes:
+        options_of.error(f"--only is {options.only}; expected texts of 4096x4096, 4096x14336.")
     for (in_features, out_features), p in product(shapes, DROPOUTS):
         sizes = options.tokens, in_features // options.shrink, out_features // options.shrink, 16, p
         base = Layer.random(*sizes, torch.bfloat16, device=options.device)

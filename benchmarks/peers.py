@@ -60,7 +60,7 @@ class Layer:
         dy = _normal(generator, tokens, out_features).to(dtype)
         nothing = x.new_empty(0)
         bare_layer = cls(x, weight, nothing, nothing, dy, scaling=2.0, p=p, enable_lora=enable_lora)
-        return bare_layer.with_adapter(r, p, adapter_dtype or dtype)
+        return bare_layer.with_adapter(r, p, adapter_dtype or dtype, seed + 1)
 
     def with_adapter(self, r: int, p: float, adapter_dtype: torch.dtype, seed: int = 1) -> Layer:
         """The same x, weight and dy with another adapter, whose values x's dtype can hold."""
@@ -175,8 +175,8 @@ def loralib_module(layer: Layer) -> Any:
     return _module(loralib, layer)
 
 
-def peft_module(layer: Layer) -> Any:
-    """PEFT's layer as it comes: whatever the base's dtype, its adapter and the low-rank term are float32."""
+def peft_module(layer: Layer, *, as_it_comes: bool = True) -> Any:
+    """PEFT's layer: as it comes its adapter and the low-rank term are float32, else of the base's dtype."""
     import peft
 
     out_features, in_features = layer.weight.shape
@@ -184,7 +184,7 @@ def peft_module(layer: Layer) -> Any:
     proj.weight = nn.Parameter(layer.weight)
     alpha = round(layer.scaling * layer.r)
     config = peft.LoraConfig(r=layer.r, lora_alpha=alpha, lora_dropout=layer.p, target_modules=["0"])
-    model: Any = peft.get_peft_model(nn.Sequential(proj), config).train()
+    model: Any = peft.get_peft_model(nn.Sequential(proj), config, autocast_adapter_dtype=as_it_comes).train()
     module = model.base_model.model[0]
     for name, values in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
         factor = getattr(module, name)["default"]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import markdown_table
+from benchmarks.timing import machine_header, markdown_table
+
+RESULTS = Path("benchmarks/results")
 
 
 class Progress:
@@ -27,14 +32,31 @@ class Progress:
         print(f"[{self.seconds:6.1f} s] {text}", flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Also `given`, the options in words; those of a trial on a CPU must name another folder."""
+        found = super().parse_args(args, namespace)
+        if found.device == "cpu" and found.output == RESULTS:
+            self.error(f"--output is {RESULTS}; expected another folder for times of --device cpu.")
+        found.given = shlex.join(sys.argv[1:] if args is None else args)
+        return found
+
+
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks take; `name` is the stem of their result files."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result files")
+    made = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
     made.add_argument("--name", default=name, help="stem of the result files")
     made.add_argument("--commit", help="what to write in the header; default: git describe")
-    made.add_argument("--device", default="cuda", help="cpu tries the code; its times mean nothing")
+    made.add_argument(
+        "--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the code; its times mean nothing"
+    )
     return made
+
+
+def header_of(options: argparse.Namespace) -> dict[str, str]:
+    """The machine's, and what the run was asked for."""
+    return machine_header(options.commit, options.device) | {"options": options.given or "none"}
 
 
 @dataclass

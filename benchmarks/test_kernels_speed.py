@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TOKENS = 8192
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024))
+FEW_TOKENS = 64
 R = 16
 P = 0.1
 LAUNCHES = 8
@@ -52,16 +53,23 @@ def mask(x: Tensor) -> tuple[Dropout, Tensor]:
 
 
 def forward_calls(layer: Layer) -> dict[str, Call]:
-    """The launchers of a linear layer's forward, by name; nothing is computed yet."""
+    """The launchers of a linear layer's forward, by name, the last two all of it; nothing is computed yet."""
+    from fused_lora import fused
     from fused_lora.kernels import fused_linear, panel
 
     x, weight, lora_A, lora_B = (t.detach() for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B))
     dropout, _ = mask(x)
     xa = x.new_ones(len(x), len(lora_A))
+
+    def whole(dropout: Dropout | None) -> Call:
+        return lambda: fused.forward(x, weight, None, lora_A, lora_B, scaling=layer.scaling, dropout=dropout)
+
     return {
         "panel": lambda: panel.panel(x, lora_A.T, layer.scaling, None),
         "panel, dropout": lambda: panel.panel(x, lora_A.T, layer.scaling, dropout),
         "fused_linear.forward": lambda: fused_linear.forward(x, weight, None, xa, lora_B),
+        "forward": whole(None),
+        "forward, dropout": whole(dropout),
     }
 
 
@@ -90,6 +98,37 @@ def backward_calls(layer: Layer) -> dict[str, Call]:
     }
 
 
+def few_rows_calls(layer: Layer) -> dict[str, Call]:
+    """What few rows of a layer take: all of it in one or two launches, and what goes beside cuBLAS otherwise."""
+    from fused_lora import decoding
+    from fused_lora.kernels import few_rows_grad, narrow
+    from fused_lora.kernels import mask as masks
+
+    x, dy = layer.x.detach()[:FEW_TOKENS], layer.dy[:FEW_TOKENS]
+    weight, lora_A, lora_B = (t.detach() for t in (layer.weight, layer.lora_A, layer.lora_B))
+    dropout, bits = mask(x)
+    xa, wide_A, wide_B = x.new_ones(len(x), len(lora_A)), lora_A.float(), lora_B.float()
+    dx, scaling, dtype = torch.zeros_like(x), layer.scaling, lora_A.dtype
+
+    def forward(dropout: Dropout | None) -> Call:
+        return lambda: decoding.forward(x, weight, None, lora_A, lora_B, scaling=scaling, dropout=dropout)
+
+    def backward(bits: Tensor | None) -> Call:
+        tensors = dy, x, weight, lora_A, lora_B, xa
+        return lambda: decoding.backward(*tensors, bits=bits, scaling=scaling, dtype=dtype)
+
+    return {
+        "decode": forward(None),
+        "decode, dropout": forward(dropout),
+        "decode, backward": backward(None),
+        "decode, backward, dropout": backward(bits),
+        "few_rows_grad, dropout": lambda: few_rows_grad.few_rows_grad(dy, xa, x, xa, bits, dtype),
+        "mask.drop": lambda: masks.drop(x, dropout),
+        "mask.add_kept_": lambda: masks.add_kept_(dx, xa, lora_A, bits, None),
+        "narrow": lambda: narrow.narrow(wide_A, wide_B, x.dtype),
+    }
+
+
 def update_calls(layer: Layer) -> dict[str, Call]:
     """The launchers of low_rank_update.py: the layer's effective weight, and a lookup of a token for each row of x."""
     from fused_lora import fused
@@ -104,9 +143,11 @@ def update_calls(layer: Layer) -> dict[str, Call]:
     }
 
 
-FORWARD = ("panel", "panel, dropout", "fused_linear.forward")
+FORWARD = ("panel", "panel, dropout", "fused_linear.forward", "forward", "forward, dropout")
 GRADIENTS = ("grad_panels", "grad_input", "grad_input, dropout", "grad_lora_A", "grad_lora_A, dropout")
 BACKWARD = (*GRADIENTS, "backward", "backward, dropout")
+IN_ONE_LAUNCH = ("decode", "decode, dropout", "decode, backward", "decode, backward, dropout")
+FEW_ROWS = (*IN_ONE_LAUNCH, "few_rows_grad, dropout", "mask.drop", "mask.add_kept_", "narrow")
 UPDATE = ("effective_weight", "embedding")
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
@@ -142,6 +183,13 @@ def test_forward(benchmark: BenchmarkFixture, layer: Layer, name: str) -> None:
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(benchmark: BenchmarkFixture, layer: Layer, name: str) -> None:
     run(benchmark, backward_calls(layer)[name])
+
+
+@needs_a_gpu
+@pytest.mark.benchmark(group="few rows", timer=cuda_timer)
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_few_rows(benchmark: BenchmarkFixture, layer: Layer, name: str) -> None:
+    run(benchmark, few_rows_calls(layer)[name])
 
 
 @needs_a_gpu

@@ -10,11 +10,14 @@ A CPU is taken too, so that the benchmarks can be tried where there is no GPU; i
 from __future__ import annotations
 
 import gc
+import platform
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -95,7 +98,8 @@ def measure(
     counts = {name: max(2, round(window_ms / run_ms(call, 3, device))) for name, call in calls.items()}
     timings = {name: Timing() for name in steps}
     order = list(steps)
-    shuffle = random.Random(0).shuffle
+    # Another order for each point, or whom a candidate follows would be the same at all of them.
+    shuffle = random.Random().shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
@@ -140,11 +144,20 @@ def machine_header(commit: str | None = None, device: str = "cuda") -> dict[str,
         "gpu": gpu,
         "driver": driver,
         "cuda": torch.version.cuda or "none",
+        "cpu": _cpu(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    facts = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -45,6 +45,7 @@ def written(folder: Path, name: str) -> tuple[list[dict[str, Any]], str]:
     """The records, after a look that the three files agree, and the readers' file."""
     content = json.loads((folder / f"{name}.json").read_text())
     assert content["header"]["commit"] == "tested" and content["header"]["torch"] == torch.__version__
+    assert "--commit tested" in content["header"]["options"] and content["header"]["cpu"]
     with (folder / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(content["records"]) and not any("[" in cell for row in rows for cell in row.values())
@@ -170,6 +171,56 @@ def test_the_exact_results_are_those_of_the_expression(small_layer: Layer, p: fl
     assert (keep is None) == (p == 0)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("first_wrong", [1, 2, 3])
+def test_the_check_sees_what_is_wrong_once_it_is_repeated(small_layer: Layer, p: float, first_wrong: int) -> None:
+    """And a layer of ours with dropout, which is timed too; others' masks nobody knows."""
+    layer = replace(small_layer, p=p)
+    right, calls = peers.PEERS[peers.OURS](layer), 0
+
+    def step() -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        results = right()
+        return results if calls <= first_wrong else (results[0] * 1.1, *results[1:])
+
+    accuracy.check(layer, {peers.OURS: right})
+    with pytest.raises(AssertionError, match=f"{peers.OURS}: y is off"):
+        accuracy.check(layer, {peers.OURS: step})
+    accuracy.check(layer, {peers.LORALIB: peers.PEERS[peers.LORALIB](layer)})
+
+
+def test_an_adapter_that_is_dropped_with_dropout_is_seen(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = fused_lora.Linear.forward
+
+    def wrong(self: Any, x: Tensor) -> Tensor:
+        y = forward(self, x)
+        return nn.functional.linear(x, self.weight) + 0 * y if isinstance(self.lora_dropout, nn.Dropout) else y
+
+    monkeypatch.setattr(fused_lora.Linear, "forward", wrong)
+    with pytest.raises(AssertionError, match=r"fused_lora: y is off"):
+        linear.main([*common, *LINEAR, "--burst-rounds", "0", "--only", "4096x4096", "--peers"])
+    with pytest.raises(AssertionError, match=r"auto: y is off"):
+        sweep.main([*common, *SWEEP, "--tokens", "5", "--p", "0.1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trial_on_a_cpu_does_not_replace_results(capsys: pytest.CaptureFixture[str]) -> None:
+    for measured in (linear, sweep, host, memory):
+        with pytest.raises(SystemExit):
+            measured.main(["--device", "cpu"])
+        assert "--output is benchmarks/results; expected another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("measured", [linear, sweep, host, memory], ids=lambda module: module.__name__)
+def test_what_nobody_has_is_not_measured(measured: Any, common: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        measured.main([*common, "--only", "17x17"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_check_knows_the_mask(small_layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = replace(small_layer, p=0.5)
     accuracy.check(layer, {})
@@ -194,6 +245,9 @@ def test_sweep_measures_each_point_in_both_modes(
         times = {backend: record[f"{backend}_ms"] for backend in ("auto", "reference")}
         assert record["fastest"] == min(times, key=times.__getitem__)
         assert record["ratio"] == pytest.approx(times["auto"] / record["eager_ms"])
+        full = record["mode"] == "eager" or record["short_ratio"] > 1 - sweep.CLEARLY
+        assert (record["short_ratio"] is None) == (record["mode"] == "eager")
+        assert len(record["auto_rounds_ms"]) == (sweep.CONFIRM_ROUNDS if full else 1)
     lost = len(sweep.losses(records))
     assert f"**{lost} of 8 measured" in text and "0 points not measured" in text
 
@@ -265,8 +319,12 @@ def test_memory_keeps_its_promise(common: list[str], tmp_path: Path) -> None:
     x_bytes = {64 * 128 * 2}
     assert {r["x_bytes"] for r in ours} == x_bytes
     peft = [r for r in records if r["candidate"].startswith(peers.PEFT)]
-    # A float32 copy of x, or what dropout makes of it, is the least that PEFT keeps.
-    assert len(peft) == 4 and all(r["saved_bytes"] >= 64 * 128 * 4 for r in peft)
+    as_it_comes = [r for r in peft if "float32" in r["candidate"]]
+    # A float32 copy of x, or what dropout makes of it, is the least that PEFT keeps as it comes.
+    assert len(as_it_comes) == 4 and all(r["saved_bytes"] >= 64 * 128 * 4 for r in as_it_comes)
+    others = {r["p"]: r["saved_bytes"] for r in peft if "bfloat16" in r["candidate"]}
+    # With adapters of the base's dtype it is their panel alone, and with dropout what that makes of x and its mask.
+    assert others[0.0] == 64 * 16 * 2 and others[0.1] >= 64 * 128 * 3
     assert all(r["saved_bytes"] == r["x_bytes"] == 0 for r in records if r["candidate"] == "frozen")
 
 
@@ -388,6 +446,7 @@ def test_the_kernels_calls_run(device: str) -> None:
     for names, calls in (
         (test_kernels_speed.FORWARD, test_kernels_speed.forward_calls(layer)),
         (test_kernels_speed.BACKWARD, test_kernels_speed.backward_calls(layer)),
+        (test_kernels_speed.FEW_ROWS, test_kernels_speed.few_rows_calls(layer)),
         (test_kernels_speed.UPDATE, test_kernels_speed.update_calls(layer)),
     ):
         assert tuple(calls) == names

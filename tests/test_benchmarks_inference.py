@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def common(device: str, tmp_path: Path) -> list[str]:
     return ["--device", device, "--output", str(tmp_path), "--commit", "tested"]
 
 
-TINY = ["--shrink", "64", "--rounds", "1", "--window-ms", "0.01", "--compile-backend", "aot_eager"]
+TINY = ["--shrink", "64", "--rounds", "1", "--window-ms", "0.01", "--called-window-ms", "0.01"]
+TINY += ["--compile-backend", "aot_eager"]
 
 
 def written(folder: Path, name: str) -> tuple[list[dict[str, Any]], str]:
@@ -115,6 +117,17 @@ def test_a_wrong_result_prints_no_speed(
     assert not list(tmp_path.iterdir()) and said.count(": right;") == (1 if fault == "Embedding" else 0)
 
 
+def test_a_copy_that_is_another_prints_no_speed(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = inference_cases.fused_module
+    made: list[Any] = []
+    monkeypatch.setattr(inference_cases, "fused_module", lambda *a, **k: made.append(right(*a, **k)) or made[0])
+    with pytest.raises(AssertionError, match=r"64→.*, fused: off by"):
+        inference.main([*common, *TINY, "--part", "linear", "--tokens", "70", "--no-compile"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_there_was_no_time_for_is_said(common: list[str], tmp_path: Path) -> None:
     inference.main([*common, *TINY, "--part", "linear", "--ranks", "16", "--tokens", "1", "2", "--seconds", "0"])
     records, text = written(tmp_path, "inference")
@@ -156,8 +169,8 @@ def cases(device: str) -> dict[str, inference_cases.Case]:
     }
 
 
-def test_the_copies_are_their_own_and_equal(cases: dict[str, inference_cases.Case]) -> None:
-    """So that the check of the first tells of all, and none finds another's weight in the cache."""
+def test_the_copies_are_their_own_and_differ(cases: dict[str, inference_cases.Case]) -> None:
+    """So that none finds another's weight in the cache, nor passes for another."""
     for name in ("Linear", "MergedLinear"):
         for candidate, calls in cases[name].calls.items():
             assert len(calls) >= inference_cases.FEWEST_COPIES
@@ -168,7 +181,7 @@ def test_the_copies_are_their_own_and_equal(cases: dict[str, inference_cases.Cas
                 tensors = [[t for t in call.args[1:] if isinstance(t, torch.Tensor)] for call in calls]
             of_calls = [{t.data_ptr() for t in of_call} for of_call in tensors]
             assert len(set().union(*of_calls)) == sum(map(len, of_calls)), candidate
-            assert all(torch.equal(calls[0](), call()) for call in calls[1:]), candidate
+            assert not any(torch.equal(calls[0](), call()) for call in calls[1:]), candidate
     with torch.inference_mode():
         ours, base = (cases["Linear"].calls[name] for name in (FUSED, MERGED))
         assert {call.func.weight.data_ptr() for call in ours} == {call.args[1].data_ptr() for call in base}
@@ -193,15 +206,17 @@ def test_every_size_is_compiled(device: str) -> None:
 def test_the_check_sees_each_candidate(cases: dict[str, inference_cases.Case], name: str) -> None:
     case = cases[name]
     inference.check(case, name)
-    for candidate in case.calls:
-        right = case.calls[candidate][0]
+    for candidate, turn in product(case.calls, (0, 2)):
+        right = case.calls[candidate][turn]
 
         def wrong(right: inference_cases.Call = right) -> torch.Tensor:
             y = right().clone()
             y[-1, -1] = float("nan")
             return y
 
-        broken = replace(case, calls=case.calls | {candidate: [wrong]})
+        calls = list(case.calls[candidate])
+        calls[turn] = wrong
+        broken = replace(case, calls=case.calls | {candidate: calls})
         if candidate == MERGED:
             inference.check(broken, name)
         else:
@@ -214,7 +229,7 @@ def test_the_truth_is_the_layers_in_float64(cases: dict[str, inference_cases.Cas
     for case in cases.values():
         module, x = case.calls[FUSED][0].func, case.calls[FUSED][0].args[0]
         wide = module.double()
-        torch.testing.assert_close(case.truth(), wide(x if x.dtype == torch.int64 else x.double()), rtol=0, atol=1e-12)
+        torch.testing.assert_close(case.truth(0), wide(x if x.dtype == torch.int64 else x.double()), rtol=0, atol=1e-12)
 
 
 def our_row(**changes: Any) -> dict[str, Any]:
