@@ -117,7 +117,9 @@ def _lora_layers(model: nn.Module) -> dict[str, MergingLayer]:
 
 def _config(layer: MergingLayer) -> AdapterConfig:
     dropout = layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
-    return AdapterConfig(layer.r, layer.lora_alpha, dropout, getattr(layer, "enable_lora", None))
+    # A file holds no scaling; one that was set, such as lora_alpha / sqrt(r), has a lora_alpha too.
+    lora_alpha = layer.lora_alpha if layer.scaling == layer.lora_alpha / layer.r else layer.scaling * layer.r
+    return AdapterConfig(layer.r, lora_alpha, dropout, getattr(layer, "enable_lora", None))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, AdapterConfig], dict[str, Tensor]]:

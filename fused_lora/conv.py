@@ -74,6 +74,7 @@ class ConvLoRA(MergingLayer):
 
     def reset_parameters(self) -> None:
         """Draws conv's parameters and lora_A anew from torch's default generator, as loralib does; lora_B is zero."""
+        self._refuse_to_draw_merged()
         self.conv.reset_parameters()
         if self._has_adapter:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

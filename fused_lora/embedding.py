@@ -65,6 +65,7 @@ class Embedding(MergingLayer, nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draws weight and lora_B anew from torch's default generator, in loralib's order; lora_A is zero."""
+        self._refuse_to_draw_merged()
         nn.Embedding.reset_parameters(self)
         if self._has_adapter:
             nn.init.zeros_(self.lora_A)

@@ -63,8 +63,11 @@ def lora_linear(
         weight = weight.T
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, enable_lora)
     backend = requested_backend()
-    if lora_A.shape[0] == 0 and backend != BATCH_INVARIANT:
-        return F.linear(x, weight, bias)
+    if lora_A.shape[0] == 0:
+        if backend != BATCH_INVARIANT:
+            return F.linear(x, weight, bias)
+        # There may be no enabled slice, or ranks of none.
+        lora_B, enable_lora = weight.new_empty(weight.shape[0], 0, dtype=lora_A.dtype), (True,)
     if not training:
         dropout_p = 0.0
     elif dropout_p == 1.0:
@@ -196,7 +199,8 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
         raise ValueError(
             f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; expected one int64 on {device}."
         )
-    return seed
+    # Of more dimensions it would not be told from a row for each.
+    return seed.reshape(1)
 
 
 def _check(

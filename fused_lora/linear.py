@@ -52,6 +52,7 @@ class _SlicedLinear(MergingLayer, nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draws weight, bias and lora_A anew from torch's default generator, in loralib's order; lora_B is zero."""
+        self._refuse_to_draw_merged()
         # nn.Linear's constructor calls this too, before the attributes below exist; loralib draws twice as well.
         fan_in_fan_out = getattr(self, "fan_in_fan_out", False)
         nn.init.kaiming_uniform_(self.weight.T if fan_in_fan_out else self.weight, a=math.sqrt(5))

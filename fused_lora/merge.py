@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .base import LoRALayer
 
 _Self = TypeVar("_Self", bound="MergingLayer")
+_BASE, _MERGED = "The base weight", "weight"
 
 
 @dataclass
@@ -27,20 +28,21 @@ class _Source:
 
 @dataclass
 class _Kept:
-    """What a merged layer keeps: the base, the parameter made for its place, and what that was made of."""
+    """What a merged layer keeps: the base, the parameter made for its place, and what that was made of, itself too."""
 
     base: nn.Parameter
     merged: nn.Parameter
     requires_grad: bool
+    scaling: float
     sources: tuple[_Source, ...]
 
     # A copy's tensors count from elsewhere, but the copy has missed the same changes.
     def __getstate__(self) -> tuple[Any, ...]:
         missed = [(source.name, source.tensor, source.tensor._version - source.version) for source in self.sources]
-        return self.base, self.merged, self.requires_grad, missed
+        return self.base, self.merged, self.requires_grad, self.scaling, missed
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.base, self.merged, self.requires_grad, missed = state
+        self.base, self.merged, self.requires_grad, self.scaling, missed = state
         self.sources = tuple(_Source(name, t, t._version - n) for name, t, n in missed if not t.is_inference())
 
 
@@ -94,6 +96,12 @@ class MergingLayer(nn.Module, LoRALayer):
         self.scaling = self.lora_alpha / self.r
         weight.requires_grad = False
 
+    def _refuse_to_draw_merged(self) -> None:
+        """What was drawn for a merged weight would be gone with the next train()."""
+        # nn.Module's constructors draw before there is anything to merge.
+        if getattr(self, "_kept", None) is not None:
+            raise RuntimeError("reset_parameters() was called of a merged layer; expected train() first.")
+
     def _owner(self) -> Any:
         """The module whose `weight` the adapter belongs to."""
         return self
@@ -140,7 +148,8 @@ class MergingLayer(nn.Module, LoRALayer):
         if self._has_adapter:
             owner = self._owner()
             for name, of in (("weight", owner), ("lora_A", self), ("lora_B", self)):
-                if name not in of._parameters:
+                # FSDP's use_orig_params leaves views of its flat parameter there, into which it would write the merge.
+                if name not in of._parameters or getattr(of._parameters[name], "_fsdp_flattened", False):
                     raise RuntimeError(
                         f"{name} is parametrized or sharded; expected a parameter of the layer's own, to be merged and "
                         "watched, or a layer with merge_weights=False."
@@ -154,9 +163,9 @@ class MergingLayer(nn.Module, LoRALayer):
             owner.weight = merged
             if self.merged_base_device is not None:
                 base.data = base.data.to(self.merged_base_device)
-            sources = (("lora_A", self.lora_A), ("lora_B", self.lora_B), ("The base weight", base))
+            sources = (("lora_A", self.lora_A), ("lora_B", self.lora_B), (_BASE, base), (_MERGED, merged))
             counted = tuple(_Source(name, t, t._version) for name, t in sources if not t.is_inference())
-            self._kept = _Kept(base, merged, base.requires_grad, counted)
+            self._kept = _Kept(base, merged, base.requires_grad, self.scaling, counted)
         self.merged = True
 
     @torch.inference_mode(False)
@@ -175,20 +184,29 @@ class MergingLayer(nn.Module, LoRALayer):
 
     def _merge_changes(self) -> None:
         """Merges a merged layer anew if what it was merged of has changed."""
-        if self._kept is not None and any(s.tensor._version != s.version for s in self._kept.sources):
+        kept = self._kept
+        if kept is None:
+            return
+        if kept.scaling != self.scaling or any(s.tensor._version != s.version for s in kept.sources):
             self._merge(self._unmerge())
 
     def _check_merged(self) -> None:
         """Before a merged forward: looks for changes since the merge, and warns if a gradient would be missing.
 
-        Raises RuntimeError if lora_A or lora_B changed, or anything while a CUDA graph is captured, which would hold
-        the merge.
+        Raises RuntimeError if lora_A, lora_B or the scaling changed, if the weight in place is not the merged one as it
+        was made, or for anything while a CUDA graph is captured, which would hold the merge.
         """
-        if torch.compiler.is_compiling() or self._kept is None:
+        kept = self._kept
+        if torch.compiler.is_compiling() or kept is None:
             return
-        for source in self._kept.sources:
+        weight = self._owner()._parameters.get("weight")
+        if weight is not kept.merged and _is_anothers(weight, kept.base):
+            self._follow(_MERGED, kept.merged)
+        if kept.scaling != self.scaling:
+            self._follow("scaling", kept.merged)
+        for source in kept.sources:
             if source.tensor._version != source.version:
-                self._follow(source.name, self._kept.merged)
+                self._follow(source.name, kept.merged)
                 break
         if not torch.is_grad_enabled():
             return
@@ -200,8 +218,13 @@ class MergingLayer(nn.Module, LoRALayer):
             )
 
     def _follow(self, changed: str, merged: Tensor) -> None:
+        if changed == _MERGED:
+            raise RuntimeError(
+                "weight was replaced or written while the layer is merged, and may lack the adapter; expected train() "
+                "before that, which puts the base weight in place."
+            )
         captured = merged.is_cuda and torch.cuda.is_current_stream_capturing()
-        if changed.startswith("lora_") or captured:
+        if changed != _BASE or captured:
             raise RuntimeError(
                 f"{changed} was changed while the layer is merged, and its weight has not taken the change; expected "
                 "load_adapter, or eval() after the change, which merges anew."
@@ -250,6 +273,18 @@ def _merge_again(module: nn.Module, incompatible_keys: Any) -> None:
     before, module._merged_before_loading = module._merged_before_loading, None
     if before is not None:
         module._merge(before)
+
+
+def _is_anothers(weight: Tensor | None, base: Tensor) -> bool:
+    """Whether a weight that is not the merged parameter was put there as the base, rather than made of the merged one.
+
+    As a functional call's may be, or a replica's. None is a parametrization's.
+    """
+    if isinstance(weight, nn.Parameter):
+        return True
+    if type(weight) is not Tensor or torch._C._are_functorch_transforms_active():
+        return False
+    return weight.numel() > 0 and weight.device.type != "meta" and weight.data_ptr() == base.data_ptr()
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

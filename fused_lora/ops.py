@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .dispatch import Choice, autocasts, count
 
@@ -65,6 +66,8 @@ def direct(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    if forward_ad._current_level >= 0:
+        return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     # A generator's frames would take as long as all of the above.
@@ -79,13 +82,36 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
-def once_differentiable(backward: Callable[[Any, Tensor | None], Any]) -> Callable[[Any, Tensor | None], Any]:
-    """torch's decorator, and without autocast in backward; both cost only where there is a reason for them."""
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which depend on what they were computed of, but cannot be differentiated by it."""
 
-    @torch.autograd.function.once_differentiable
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.detach() for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "A gradient of a fused_lora layer was to be differentiated; expected first derivatives alone."
+        )
+
+
+def once_differentiable(backward: Callable[[Any, Tensor | None], Any]) -> Callable[[Any, Tensor | None], Any]:
+    """For a backward without autocast, whose results raise if they are differentiated; it costs where that can be.
+
+    torch's decorator raises only where dy requires a gradient: results of a saved tensor that does would be taken for
+    constants.
+    """
+
     def guarded(ctx: Any, dy: Tensor | None) -> Any:
-        with _NOTHING if dy is None else without_autocast(dy):
-            return backward(ctx, dy)
+        with torch.no_grad(), _NOTHING if dy is None else without_autocast(dy):
+            gradients = backward(ctx, dy)
+        made = [gradient for gradient in gradients if gradient is not None]
+        if not torch.is_grad_enabled() or not made:
+            return gradients
+        read = [t for t in (dy, *ctx.saved_tensors) if t is not None and t.is_floating_point()]
+        given = iter(_Once.apply(len(made), *made, *read))
+        return tuple(None if gradient is None else next(given) for gradient in gradients)
 
     @wraps(backward)
     def once(ctx: Any, dy: Tensor | None) -> Any:
@@ -119,11 +145,18 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def make_differentiable(name: str, function: type[torch.autograd.Function]) -> None:
-    """Puts an autograd Function over a registered op; it is entered only where a gradient can be asked for."""
+    """Puts an autograd Function over a registered op; it is entered only where a gradient can be asked for.
+
+    Or one in forward mode, for which it raises.
+    """
     op = getattr(torch.ops.fused_lora, name).default
 
     def differentiable(keyset: Any, *arguments: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        forward_mode = forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        )
+        if forward_mode or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return function.apply(*arguments)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)  # type: ignore[no-any-return]

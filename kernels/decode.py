@@ -57,6 +57,8 @@ def _produce(
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), PARTS)
     first = part * steps * BLOCK_K
     last = tl.minimum(first + steps * BLOCK_K, K)
+    # Below 2**31 it comes in 32 bits, of which sums need the last one.
+    first_column = column_offset.to(tl.uint32) if column_offset.dtype == tl.int32 else column_offset
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start_r in range(0, RANKS, BLOCK_R):
@@ -72,7 +74,7 @@ def _produce(
             x = tl.load(x_ptr + rows[:, None] * stride_xm + inner[None, :] * stride_xk, mask=in_x, other=0.0)
             if seed_ptr is not None:
                 keep, bits = draw_tile(
-                    seed, threshold, rows + row_offset, start + column_offset, BLOCK_M, BLOCK_K, ALIGNED
+                    seed, threshold, rows + row_offset, first_column + start, BLOCK_M, BLOCK_K, ALIGNED
                 )  # fmt: skip
                 # The first piece of the ranks stores the bits for all of them.
                 ptrs = bit_ptrs(drawn_ptr, stride_dm, rows, start, BLOCK_K)

@@ -98,6 +98,8 @@ COPIED = ("tests/test_extended.py", "-k", "copied")
 LEFT = ("tests/test_extended.py", "-k", "left")
 RECORDED = ("tests/test_replay.py",)
 WORDS = ("tests/test_flags.py",)
+DIRECT = ("tests/test_direct.py",)
+FILES = ("tests/test_adapter_file.py",)
 REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
@@ -743,6 +745,20 @@ MUTANTS = (
     Mutant("wrong tiles timed", SEARCH, "if not all(_error(*each) <= bound for", "if not all(True for", TRIALS),
     Mutant("other bits each time", SEARCH, "if not all(map(torch.equal, once, again)):", "if False:", TRIALS),
     Mutant("a convolution's bias forgotten", STATE, '[*owner, "conv", "bias"]', '[*owner, "conv", "b"]', CHECKPOINTS),
+    Mutant("a seed for each row", FUNCTIONAL, "return seed.reshape(1)", "return seed", ("tests/test_functional.py",)),
+    Mutant("gradients as constants", SHARED, "iter(_Once.apply(len(made), *made, *read))", "iter(made)", DIRECT),
+    Mutant("tangents left out", SHARED, "if forward_mode or (", "if (", DIRECT),
+    Mutant("tangents not seen", SHARED, "    if forward_ad._current_level >= 0:", "    if False:", DIRECT),
+    Mutant("a merged weight written", MERGE, ", (_BASE, base), (_MERGED, merged))", ", (_BASE, base))", MERGING),
+    Mutant("another weight than the merged one", MERGE, " and _is_anothers(weight, kept.base)", " and False", MERGING),
+    Mutant("a scaling that is not merged", MERGE, "if kept.scaling != self.scaling or any", "if any", MERGING),
+    Mutant("a scaling that nobody sees", MERGE, "if kept.scaling != self.scaling:", "if False:", MERGING),
+    Mutant("drawn while merged", MERGE, 'if getattr(self, "_kept", None) is not None:', "if False:", MERGING),
+    Mutant("merged into FSDP's parameter", MERGE, "_fsdp_flattened", "_no_such_thing", MERGING),
+    Mutant(
+        "a scaling that no file holds", ADAPTER_FILE, "else layer.scaling * layer.r", "else layer.lora_alpha", FILES
+    ),
+    Mutant("a mask's columns in 32 bits", DECODE, "column_offset.to(tl.uint32)", "column_offset", ONE_LAUNCH),
     Mutant("a part of the panel left out", DECODE, "static_range(PARTS)", "static_range(PARTS - 1)", ONE_LAUNCH),
     Mutant("a split left out", DECODE, "static_range(SPLITS)", "static_range(SPLITS - 1)", ONE_LAUNCH),
     Mutant("another slice's lora_B", DECODE, "(inside + e.to(tl.int64) * WIDTH)", "inside", ONE_LAUNCH),

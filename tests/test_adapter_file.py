@@ -398,3 +398,15 @@ def test_the_header_that_the_hostile_ones_are_made_from_is_a_good_one(tmp_path: 
     save_file(lora_state_dict(model), tmp_path / "adapter", {"fused_lora": json.dumps({"": GOOD})})
     load_adapter(model, tmp_path / "adapter")
     assert model.lora_alpha == ALPHA
+
+
+def test_a_scaling_that_was_set_travels_as_a_lora_alpha(tmp_path: Path) -> None:
+    """Such as lora_alpha / sqrt(r), of which neither a file nor another layer knows."""
+    model, other = (nn.Sequential(fused_lora.Linear(4, 3, r=4, lora_alpha=6)) for _ in range(2))
+    nn.init.normal_(model[0].lora_B)
+    model[0].scaling = 6 / 2
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    load_adapter(other, tmp_path / "adapter.safetensors")
+    assert (other[0].scaling, other[0].lora_alpha) == (3.0, 12.0) and model[0].lora_alpha == 6
+    load_adapter(model, tmp_path / "adapter.safetensors")
+    assert model[0].scaling == 3.0

@@ -75,7 +75,7 @@ def bit_of(bits: torch.Tensor, columns: int) -> torch.Tensor:
 
 @TILES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("offsets", [(0, 0), (3, 8), (2**32 - 2, 5)], ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0), (3, 8), (2**32 - 2, 5), (2**31 - 5, 2**31 - 32)], ids=str)
 @pytest.mark.usefixtures("poisoned_allocations")
 def test_draws_the_mask_of_the_panel(tile: DecodeTile, shape, offsets: tuple[int, int], device: str) -> None:
     t = problem(shape, 1, 1, device)

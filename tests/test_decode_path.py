@@ -8,6 +8,7 @@ from numerics import assert_as_accurate_as
 
 import fused_lora
 from fused_lora import Linear, MergedLinear
+from fused_lora.functional import lora_linear
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
@@ -129,6 +130,21 @@ def test_gradients_within_batch_invariant_are_the_layers(device: str) -> None:
                 gradients.append(torch.autograd.grad(layer(x).sin().sum(), wanted))
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("enable_lora", [(False,), (False, False), (True, False)])
+@pytest.mark.parametrize("r", [0, 3])
+def test_without_an_enabled_slice_or_a_rank_it_is_the_plain_layer(
+    enable_lora: tuple[bool, ...], r: int, device: str
+) -> None:
+    rows = 8 // len(enable_lora) * sum(enable_lora)
+    ranks = r * sum(enable_lora)
+    x, weight = torch.randn(5, 6, device=device), torch.randn(8, 6, device=device)
+    lora_A, lora_B = torch.zeros(ranks, 6, device=device), torch.zeros(rows, r, device=device)
+    with fused_lora.batch_invariant():
+        y = lora_linear(x, weight, lora_A, lora_B, enable_lora=enable_lora)
+        expected = lora_linear(x, weight, torch.zeros(0, 6, device=device), torch.zeros(8, 0, device=device))
+    assert torch.equal(y, expected)
 
 
 def test_a_mask_is_refused_within_batch_invariant(device: str) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
@@ -49,8 +50,74 @@ def test_a_second_backward_raises_on_every_direct_call(backend: str, device: str
         functional.lora_embedding(columns, table, lora_A, lora_A.new_ones(3, 3)),
     ):
         (gradient,) = torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="first derivatives"):
             gradient.sum().backward()
+
+
+def layers() -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
+    """Whose adapter is not zero, and an input of each."""
+    made = {
+        "Linear": (fused_lora.Linear(5, 4, r=2), torch.randn(3, 5)),
+        "MergedLinear": (fused_lora.MergedLinear(5, 4, r=2, enable_lora=[True, False]), torch.randn(3, 5)),
+        "Embedding": (fused_lora.Embedding(7, 4, r=2), torch.tensor([1, 6, 1])),
+        "Conv1d": (fused_lora.Conv1d(2, 3, 2, r=2), torch.randn(1, 2, 5)),
+    }
+    for layer, _ in made.values():
+        for factor in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(factor)
+    return made
+
+
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Embedding", "Conv1d"])
+@pytest.mark.parametrize("wanted", ["lora_A", "lora_B"])
+def test_gradients_of_a_sum_are_no_constants(name: str, wanted: str) -> None:
+    """dy is one then, and what a gradient depends on is only among what was saved."""
+    layer, x = layers()[name]
+    first, second = (getattr(layer, factor) for factor in ("lora_A", "lora_B"))
+    (gradient,) = torch.autograd.grad(layer(x).sum(), getattr(layer, wanted), create_graph=True)
+    other = second if wanted == "lora_A" else first
+    assert gradient.requires_grad
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        gradient.square().sum().backward(retain_graph=True)
+    # Or it says that there is no way to the other factor.
+    with pytest.raises(RuntimeError, match=r"first derivatives|not have been used"):
+        torch.autograd.grad(gradient.sum(), other)
+
+
+def test_a_gradient_penalty_raises() -> None:
+    layer, x = layers()["Linear"]
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        (gradient.norm() - 1).square().backward()
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        torch.autograd.functional.hessian(lambda t: layer(t).square().sum(), x.detach())
+
+
+def test_a_first_gradient_that_could_be_differentiated_is_the_same() -> None:
+    layer, x = layers()["Linear"]
+    inputs = (x.requires_grad_(), layer.lora_A, layer.lora_B)
+    one, other = (torch.autograd.grad(layer(x).sum(), inputs, create_graph=wanted) for wanted in (False, True))
+    assert all(map(torch.equal, one, other)) and not any(t.requires_grad for t in one)
+
+
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Embedding", "Conv1d"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_forward_mode_raises(name: str, frozen: bool) -> None:
+    layer, x = layers()[name]
+    layer.requires_grad_(not frozen)
+
+    def of_an_adapter(lora_A: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"lora_A": lora_A}, (x,))
+
+    factor = layer.lora_A.detach()
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+        torch.func.jvp(of_an_adapter, (factor,), (torch.ones_like(factor),))
+    if x.is_floating_point() and name != "Conv1d":
+        with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
+            layer(forward_ad.make_dual(x, torch.ones_like(x)))
+    with forward_ad.dual_level():
+        layer(x)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -64,7 +64,7 @@ def test_dropout_is_off_outside_training_and_at_0() -> None:
 def test_seed_as_a_number_or_a_tensor_wherever_it_lies() -> None:
     outputs = [
         lora_linear(X, W, A, B, dropout_p=0.5, training=True, seed=seed)
-        for seed in (7, torch.tensor([7]), torch.tensor([0, 7])[1:], torch.tensor(7))
+        for seed in (7, torch.tensor([7]), torch.tensor([0, 7])[1:], torch.tensor(7), torch.tensor([[[7]]]))
     ]
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     assert not torch.equal(lora_linear(X, W, A, B, dropout_p=0.5, training=True, seed=8), outputs[0])

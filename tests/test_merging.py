@@ -400,3 +400,64 @@ def test_a_layer_without_adapter_only_says_that_it_is_merged(name: str, options:
     layer(x).sum().backward()
     assert weight.grad is not None
     assert copy.deepcopy(layer).double().merged
+
+
+REPLACED: dict[str, Callable[[Any, Any], None]] = {
+    "the base again": lambda layer, owned: setattr(owned, "weight", layer.base_weight),
+    "another parameter": lambda layer, owned: setattr(owned, "weight", nn.Parameter(owned.weight.detach().clone())),
+    "in place": lambda layer, owned: owned.weight.detach().zero_(),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+@few_layers
+def test_a_weight_that_took_the_merged_ones_place_is_not_taken_for_it(name: str, how: str, device: str) -> None:
+    layer, x = build(name, device), make_x(name, device)
+    expected = layer.eval()(x)
+    REPLACED[how](layer, owner(layer))
+    with pytest.raises(RuntimeError, match="weight was replaced or written while the layer is merged"):
+        layer(x)
+    with pytest.raises(RuntimeError, match="weight was replaced or written while the layer is merged"):
+        copy.deepcopy(layer)(x)
+    assert_same_bits(layer.train().eval()(x), expected)
+
+
+@few_layers
+def test_functional_calls_of_a_merged_layer(name: str, device: str) -> None:
+    """With its parameters it is what it is; with its state dict, which holds the base, it would lack the adapter."""
+    layer, x = build(name, device).eval(), make_x(name, device)
+    assert_same_bits(torch.func.functional_call(layer, dict(layer.named_parameters()), (x,)), layer(x))
+    with pytest.raises(RuntimeError, match="weight was replaced or written while the layer is merged"):
+        torch.func.functional_call(layer, layer.state_dict(), (x,))
+
+
+@few_layers
+@pytest.mark.parametrize("copied", [lambda layer: layer, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_scaling_that_changed_while_merged_is_taken_by_eval(
+    name: str, copied: Callable[[nn.Module], nn.Module], device: str
+) -> None:
+    layer, x = build(name, device), make_x(name, device)
+    layer.eval()
+    layer.scaling = 0.5
+    layer = copied(layer)
+    with pytest.raises(RuntimeError, match="scaling was changed while the layer is merged"):
+        layer(x)
+    changed = layer.eval()(x)
+    assert_same_bits(changed, layer.train().eval()(x))
+
+
+@few_layers
+def test_a_merged_layer_is_not_drawn_anew(name: str, device: str) -> None:
+    layer = build(name, device).eval()
+    before = entries(layer)
+    with pytest.raises(RuntimeError, match=r"reset_parameters\(\) was called of a merged layer"):
+        layer.reset_parameters()
+    assert_same_entries(entries(layer), before)
+    layer.train().reset_parameters()
+
+
+def test_a_parameter_that_is_a_view_of_fsdps_flat_one_is_not_merged(device: str) -> None:
+    layer = build("Linear", device)
+    layer.weight._fsdp_flattened = True
+    with pytest.raises(RuntimeError, match="weight is parametrized or sharded"):
+        layer.eval()

@@ -122,7 +122,9 @@ def test_accuracy_of_many_ranks(backend: str, device: str, r: int, rows: int, p:
     assert_matches_float64(make_problem(rows, 48, 136, r, dtype=HALF, adapter_dtype=SINGLE, device=device), p=p)
 
 
-@pytest.mark.parametrize(("row_offset", "column_offset"), [(0, 8), (2**31 + 3, 16), (2**33 + 1, 5), (7, 8 * 2**29 + 3)])
+@pytest.mark.parametrize(
+    ("row_offset", "column_offset"), [(0, 8), (2**31 + 3, 16), (2**33 + 1, 5), (7, 8 * 2**29 + 3), (0, 2**31 - 27)]
+)
 def test_accuracy_with_offsets(backend: str, device: str, row_offset: int, column_offset: int) -> None:
     problem = make_problem(21, 39, 25, 4, dtype=SINGLE, device=device)
     assert_matches_float64(problem, p=0.5, row_offset=row_offset, column_offset=column_offset)
