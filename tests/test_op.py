@@ -272,7 +272,7 @@ def test_same_inputs_same_bits(backend: str, device: str) -> None:
 def test_double_backward_is_refused() -> None:
     inputs = double_inputs()
     (dx,) = torch.autograd.grad(op(*inputs).square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives"):
         dx.sum().backward()
 
 
