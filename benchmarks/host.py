@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fused_lora
 from benchmarks.layers import check
 from benchmarks.peers import path_of
-from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.report import Progress, Results, header_of, parser, selected
 from benchmarks.timing import synchronize
 
 DTYPE = torch.bfloat16
@@ -194,11 +194,9 @@ def main(arguments: list[str] | None = None) -> None:
     options_of.add_argument("--calls", type=int, default=CALLS, help="timed calls of a candidate in a round")
     options_of.add_argument("--shrink", type=int, default=1, help="divide every size by this, to try the code")
     options = options_of.parse_args(arguments)
-    every = (case for tokens in options.tokens for case in cases(tokens, options.r, options.shrink))
-    # Only some have a number of tokens.
-    chosen = list({case.name: case for case in every if any(text in case.name for text in options.only)}.values())
-    if not chosen:
-        options_of.error(f"--only is {options.only}; expected texts of the layers' names.")
+    # A convolution is of the same name whatever the number of tokens.
+    every = {case.name: case for tokens in options.tokens for case in cases(tokens, options.r, options.shrink)}
+    chosen = selected(options_of, options.only, every)
     say = Progress()
     title = (
         "Host time of one layer's forward + backward without CUDA graphs, in brackets of its forward: microseconds, "

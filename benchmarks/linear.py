@@ -30,7 +30,7 @@ from benchmarks.peers import (
     path_of,
     peers,
 )
-from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.report import Progress, Results, header_of, parser, selected
 from benchmarks.timing import ROUNDS, WINDOW_MS, Timing, measure, release_memory
 
 DROPOUTS = (0.0, 0.1)
@@ -203,9 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.rounds} rounds of {options.window:g} ms"
     )
     results = Results(title, header_of(options))
-    chosen = [shape for shape in SHAPES if any(text in str(shape).replace("→", "x") for text in options.only)]
-    if not chosen:
-        options_of.error(f"--only is {options.only}; expected texts of these: {', '.join(map(str, SHAPES))}.")
+    chosen = selected(options_of, options.only, {str(shape).replace("→", "x"): shape for shape in SHAPES})
     for tokens, dtype, shape in product(options.tokens, options.dtype, chosen):
         small = Shape(
             shape.in_features // options.shrink,

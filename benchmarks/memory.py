@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.accuracy import check
 from benchmarks.linear import DROPOUTS
 from benchmarks.peers import LORALIB, OURS, PEFT, Layer, fused, fused_module, loralib_module, peft_module
-from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.report import Progress, Results, header_of, parser, selected
 
 SHAPES = ((4096, 4096), (4096, 14336))
 MIB = 2**20
@@ -125,9 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     say = Progress()
     title = f"Memory of one layer in training, MiB: bfloat16, {options.tokens} tokens, r=16"
     results = Results(title, header_of(options))
-    shapes = [shape for shape in SHAPES if any(text in "x".join(map(str, shape)) for text in options.only)]
-    if not shapes:
-        options_of.error(f"--only is {options.only}; expected texts of 4096x4096, 4096x14336.")
+    shapes = selected(options_of, options.only, {f"{k}x{n}": (k, n) for k, n in SHAPES})
     for (in_features, out_features), p in product(shapes, DROPOUTS):
         sizes = options.tokens, in_features // options.shrink, out_features // options.shrink, 16, p
         base = Layer.random(*sizes, torch.bfloat16, device=options.device)

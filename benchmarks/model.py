@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fused_lora
 from benchmarks.accuracy import CALLS
 from benchmarks.peers import path_of
-from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.report import Progress, Results, header_of, parser, selected
 from benchmarks.timing import measure, release_memory, synchronize
 
 DTYPE = torch.bfloat16
@@ -242,12 +242,6 @@ def add_findings(results: Results, tokens: int) -> None:
         results.table(["ours", "what", "measured", "target", "outcome"], verdicts)
 
 
-def chosen(options: argparse.Namespace) -> list[Candidate]:
-    wanted = [FROZEN, *PEFT_VARIANTS, *OURS, FROZEN_COMPILED, OURS_COMPILED]
-    wanted = [c for c in wanted if not (options.no_compile and c.compiled)]
-    return [c for c in wanted if any(text in str(c) for text in options.only)]
-
-
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__, "model")
     made.add_argument("--only", nargs="+", default=[""], help="candidates whose name holds such a text")
@@ -261,8 +255,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     for name, size in (sizes | {"heads": 32, "kv-heads": 8, "vocab": 1024}).items():
         made.add_argument(f"--{name}", type=int, default=size)
     options: argparse.Namespace = made.parse_args(arguments)
-    if not chosen(options):
-        made.error(f"--only is {options.only}; expected texts of the candidates' names.")
+    wanted = (FROZEN, *PEFT_VARIANTS, *OURS, FROZEN_COMPILED, OURS_COMPILED)
+    named = {str(candidate): candidate for candidate in wanted if not (options.no_compile and candidate.compiled)}
+    options.candidates = selected(made, options.only, named)
     return options
 
 
@@ -278,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     x, labels = inputs(options, options.batch, options.sequence)
     steps: dict[str, Callable[[], object]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for candidate in chosen(options):
+    for candidate in options.candidates:
         model, adapters = build(base, candidate, options.r, options.p)
         if candidate.compiled:
             model = torch.compile(model, backend=options.compile_backend)  # type: ignore[assignment]

@@ -8,13 +8,14 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.timing import machine_header, markdown_table
 
+T = TypeVar("T")
 RESULTS = Path("benchmarks/results")
 
 
@@ -52,6 +53,14 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
         "--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the code; its times mean nothing"
     )
     return made
+
+
+def selected(made: argparse.ArgumentParser, only: Sequence[str], named: Mapping[str, T]) -> list[T]:
+    """Those whose name holds one of the texts of --only; the parser's error if there are none."""
+    found = [thing for name, thing in named.items() if any(text in name for text in only)]
+    if not found:
+        made.error(f"--only is {' '.join(only)}; expected texts of these: {', '.join(named)}.")
+    return found
 
 
 def header_of(options: argparse.Namespace) -> dict[str, str]:

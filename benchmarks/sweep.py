@@ -26,7 +26,7 @@ import torch
 from benchmarks.accuracy import check
 from benchmarks.linear import dtype_name
 from benchmarks.peers import LORALIB, Layer, Step, fused, loralib_eager, on_backend, path_of
-from benchmarks.report import Progress, Results, header_of, parser
+from benchmarks.report import Progress, Results, header_of, parser, selected
 from benchmarks.timing import measure, release_memory
 
 TOKENS = (*(2**i for i in range(15)), 3, 17, 100, 1000, 5000)
@@ -170,10 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.backends = options.backends.split(",")
     options.adapter_dtype = options.adapter_dtype or options.dtype
     say = Progress()
-    shapes = [shape for shape in SHAPES if any(text in "x".join(map(str, shape)) for text in options.only)]
-    if not shapes:
-        known = ", ".join(f"{k}x{n}" for k, n in SHAPES)
-        options_of.error(f"--only is {options.only}; expected texts of these: {known}.")
+    shapes = selected(options_of, options.only, {f"{k}x{n}": (k, n) for k, n in SHAPES})
     points = [
         Point(tokens, k // options.shrink, n // options.shrink, r, p)
         for tokens, (k, n), r, p in product(

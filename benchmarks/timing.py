@@ -12,12 +12,10 @@ from __future__ import annotations
 import gc
 import platform
 import random
-import re
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -130,6 +128,8 @@ def release_memory(device: str) -> None:
 
 def machine_header(commit: str | None = None, device: str = "cuda") -> dict[str, str]:
     """GPU, driver, torch, triton and commit, to head every result file."""
+    # It comes with pytest-benchmark, whose saved runs say the same.
+    import cpuinfo
     import triton
 
     gpu, driver = "none; times on a CPU mean nothing", "none"
@@ -144,20 +144,13 @@ def machine_header(commit: str | None = None, device: str = "cuda") -> dict[str,
         "gpu": gpu,
         "driver": driver,
         "cuda": torch.version.cuda or "none",
-        "cpu": _cpu(),
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.machine()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _cpu() -> str:
-    """The processor's name, where the system tells it."""
-    facts = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

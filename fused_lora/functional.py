@@ -66,7 +66,7 @@ def lora_linear(
     if lora_A.shape[0] == 0:
         if backend != BATCH_INVARIANT:
             return F.linear(x, weight, bias)
-        # There may be no enabled slice, or ranks of none.
+        # Whatever columns and slices are named, there is no adapter to be read.
         lora_B, enable_lora = weight.new_empty(weight.shape[0], 0, dtype=lora_A.dtype), (True,)
     if not training:
         dropout_p = 0.0
@@ -199,7 +199,7 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
         raise ValueError(
             f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; expected one int64 on {device}."
         )
-    # Of more dimensions it would not be told from a row for each.
+    # The reference broadcasts it against rows and columns.
     return seed.reshape(1)
 
 

@@ -28,7 +28,10 @@ class _Source:
 
 @dataclass
 class _Kept:
-    """What a merged layer keeps: the base, the parameter made for its place, and what that was made of, itself too."""
+    """What a merged layer keeps: the base, the parameter made for its place, and what that was made of.
+
+    sources: what must not change while merged, that parameter among it.
+    """
 
     base: nn.Parameter
     merged: nn.Parameter
@@ -56,10 +59,10 @@ class MergingLayer(nn.Module, LoRALayer):
     that was given the merged parameter.
 
     A merged layer takes a new adapter by `load_adapter`, or by eval() once more after lora_A and lora_B were changed or
-    replaced. Until then its forward raises RuntimeError; a base that changed, which others may share, it merges anew by
-    itself. This costs a comparison of version counters and has their limits: compiled code and graph replays do not
-    look, and torch counts neither what is done through .data nor changes of inference tensors, after which train() and
-    eval() merge.
+    replaced, or the scaling was. Until then its forward raises RuntimeError, as it does where its weight was replaced
+    or written; a base that changed, which others may share, it merges anew by itself. This costs a comparison of
+    version counters and has their limits: compiled code and graph replays do not look, and torch counts neither what is
+    done through .data nor changes of inference tensors, after which train() and eval() merge.
 
     merged_base_device: where the base is kept while merged; None leaves it where it is, at the cost of a second weight
         there. With a device, the base parameter's storage is moved: not for a weight that other modules share.

@@ -97,8 +97,9 @@ class _Once(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[[Any, Tensor | None], Any]) -> Callable[[Any, Tensor | None], Any]:
-    """For a backward without autocast, whose results raise if they are differentiated; it costs where that can be.
+    """Makes a backward run without autocast, and its results raise if they are differentiated.
 
+    It costs only where autocast is on, or a gradient's own gradient could be asked for.
     torch's decorator raises only where dy requires a gradient: results of a saved tensor that does would be taken for
     constants.
     """
@@ -145,9 +146,9 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def make_differentiable(name: str, function: type[torch.autograd.Function]) -> None:
-    """Puts an autograd Function over a registered op; it is entered only where a gradient can be asked for.
+    """Puts an autograd Function over a registered op, entered only where a gradient can be asked for.
 
-    Or one in forward mode, for which it raises.
+    It is also entered in forward mode, for which it raises.
     """
     op = getattr(torch.ops.fused_lora, name).default
 

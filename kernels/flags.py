@@ -11,7 +11,6 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import RLock
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class _Pool:
     words: Tensor
     given: int = 0
     of_stream: dict[int, Tensor] = field(default_factory=dict)
-    giving: Any = field(default_factory=RLock)
+    giving: RLock = field(default_factory=RLock)
 
     def take(self, count: int) -> Tensor | None:
         """count words for good, from a multiple of 32 bytes on; None if there are not so many left."""
