@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from . import embedding_op, linear_op, repeat, weight_op
 from .dispatch import BATCH_INVARIANT, autocasts, requested_backend
+from .ops import differentiates
 
 # A mask's counter holds column // 8 in 32 bits.
 _MOST_COLUMNS = 2**35
@@ -53,12 +54,15 @@ def lora_linear(
     Raises ValueError or TypeError, naming the argument, for anything else.
     The definition is that of Hu et al. 2021 (arXiv:2106.09685) and of loralib's Linear and MergedLinear.
     """
+    drops, trains = training and 0.0 < dropout_p < 1.0, differentiates(x, weight, bias, lora_A, lora_B)
     key = None
-    if not training and dropout_p == 0 and row_offset == 0 and column_offset == 0:
-        key = repeat.key_of(x, weight, bias, lora_A, lora_B, scaling, fan_in_fan_out, enable_lora)
+    if not isinstance(seed, Tensor) and (trains or not drops):
+        numbers = scaling, training, dropout_p, row_offset, column_offset, fan_in_fan_out, *enable_lora
+        key = repeat.key_of(x, weight, bias, lora_A, lora_B, trains, numbers)
         again = repeat.call_of(key)
         if again is not None:
-            return again(x, weight, bias, lora_A, lora_B)
+            given = x, weight, bias, lora_A, lora_B
+            return again(*given, _seed_tensor(seed, x.device)) if drops else again(*given)
     if fan_in_fan_out and weight.dim() == 2:
         weight = weight.T
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, enable_lora)
@@ -73,24 +77,15 @@ def lora_linear(
     elif dropout_p == 1.0:
         # As nn.Dropout(1): the term is zero and so are its gradients, instead of missing ones.
         scaling, dropout_p = 0.0, 0.0
-    two_dimensional = x.dim() == 2
-    rows = x if two_dimensional else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y = linear_op.lora_linear(
-        rows,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        [bool(enabled) for enabled in enable_lora],
-        None if dropout_p == 0 else _seed_tensor(seed, x.device),
-        float(scaling),
-        float(dropout_p),
-        row_offset,
-        column_offset,
-        backend,
-    )
-    repeat.remember(key, x, weight, bias, lora_A, lora_B, scaling, enable_lora)
-    return y if two_dimensional else y.view(*x.shape[:-1], weight.shape[0])
+    rest = float(scaling), float(dropout_p), row_offset, column_offset, backend
+    slices = [bool(enabled) for enabled in enable_lora]
+    drawn = None if dropout_p == 0 else _seed_tensor(seed, x.device)
+    if key is None or not trains:
+        y = linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest)
+        repeat.remember(key, x, weight, bias, lora_A, lora_B, scaling, enable_lora)
+        return y
+    keep = repeat.keeper(key, fan_in_fan_out, slices, rest)
+    return linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest, keep=keep)
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

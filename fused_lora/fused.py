@@ -1,7 +1,4 @@
-"""The same functions as reference.py, computed by the Triton kernels on their tensors' device.
-
-Panels of many ranks are cuBLAS's.
-"""
+"""The same functions as reference.py, computed by the Triton kernels on their tensors' device."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, mask, own_panel, panel
+from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, mask, own_panel, panel, plain_panel
 from .kernels.config import overlaps, scaled
 from .kernels.few_rows_grad import few_rows_grad
 from .kernels.lookup import tiles_for
 from .kernels.narrow import narrow
-from .kernels.replay import Results, replayed
+from .kernels.replay import Keep, Results, replayed
 from .reference import Dropout, in_dtype, product
 
-# For more ranks of all slices together cuBLAS makes a panel in less time, of a masked x too.
+# For more ranks of all slices together `undrawn_panel` takes less time, of a masked x too.
 _FEW_RANKS, _FEW_MASKED_RANKS = 32, 64
 # For at most so many rows of many ranks, one launch for both of an adapter's gradients takes less time than several
 # beside dx's GEMM.
@@ -34,7 +31,12 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-def repeated(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: Callable[[], Results]) -> Results:
+def repeated(
+    given: Sequence[Tensor | None],
+    facts: tuple[Hashable, ...],
+    call: Callable[[], Results],
+    keep: Keep | None = None,
+) -> Results:
     """call's results, without the way to them where it was called before for the same facts and kinds of tensors.
 
     See `replayed`; what is given first is there.
@@ -42,7 +44,7 @@ def repeated(given: Sequence[Tensor | None], facts: tuple[Hashable, ...], call: 
     like = given[0]
     assert like is not None
     with on(like):
-        return replayed(given, facts, call)
+        return replayed(given, facts, call, keep)
 
 
 def _narrowed(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +53,14 @@ def _narrowed(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tupl
         return lora_A, lora_B
     reads = tiles_for(x.device, x.dtype, *weight.shape).linear.descriptors
     return narrow(lora_A, lora_B, x.dtype) if reads else (lora_A, lora_B)
+
+
+def undrawn_panel(left: Tensor, factor: Tensor, scale: float, alike: Tensor | None = None) -> Tensor:
+    """scale * left @ factor in left's dtype, by cuBLAS where the copy engine cannot read them; alike: see `product`."""
+    factor = in_dtype(factor, left.dtype)
+    if plain_panel.takes(left, factor):
+        return plain_panel.plain_panel(left, factor, scale)
+    return product(left, factor, scale, alike)
 
 
 def forward(
@@ -75,10 +85,10 @@ def forward(
             return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
         ranks, half = len(lora_A), x.dtype.itemsize == 2
         if dropout is None and half and ranks > _FEW_RANKS:
-            xa, bits = product(x, in_dtype(lora_A, x.dtype).t(), scaling), None
+            xa, bits = undrawn_panel(x, lora_A.t(), scaling), None
         elif dropout is not None and half and ranks > _FEW_MASKED_RANKS:
             dropped, bits = mask.drop(x, dropout)
-            xa = product(dropped, in_dtype(lora_A, x.dtype).t(), scaling / dropout.keep_probability)
+            xa = undrawn_panel(dropped, lora_A.t(), scaling / dropout.keep_probability)
             del dropped
         else:
             xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
@@ -126,8 +136,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     many = lora_B is not None and lora_B.shape[1] > adapter_grad.FUSED_RANK
-    by_cublas = many and len(enable_lora) == 1 and dy.dtype.itemsize == 2
-    in_one_launch = by_cublas and len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
+    by_itself = many and len(enable_lora) == 1 and dy.dtype.itemsize == 2
+    in_one_launch = by_itself and len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
     # A db that needs a read of dy by itself can wait until dx's GEMM runs.
     early_xa, later_xa = (None, xa) if many else (xa, None)
     overlapping, beside, held = overlaps(dy.device), False, list[Tensor]()
@@ -135,8 +145,8 @@ def backward(
     with on(dy):
         if weight is not None and lora_A is not None and lora_B is not None:
             lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
-        if lora_B is not None and by_cublas:
-            dyb = product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
+        if lora_B is not None and by_itself:
+            dyb = undrawn_panel(dy, lora_B, scaling, xa)
         else:
             dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
         if dyb is not None and weight is not None and lora_A is not None:

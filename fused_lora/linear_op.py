@@ -3,23 +3,25 @@
 `fused_lora::lora_linear` is the one that graphs, export and users see. MergedLinear is the same op: enable_lora names
 the slices of the output that have an adapter, and a plain layer is one slice.
 
-Two-dimensional from here on: x [M, K], weight [N, K], lora_A [R, K], lora_B [N, R], dy [M, N]; see reference.py.
+Two-dimensional but for what comes directly: x [M, K], weight [N, K], lora_A [R, K], lora_B [N, R], dy [M, N]; see reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import BATCH_INVARIANT, autocasts
+from .dispatch import BATCH_INVARIANT, autocasts, counted
 from .linear_choice import choose_backward, choose_forward
 from .ops import (
     differentiates,
     direct,
     direct_apply,
+    here,
     lib,
     make_differentiable,
     module_of,
@@ -28,6 +30,13 @@ from .ops import (
     repeated,
 )
 from .reference import Dropout, dropout_threshold
+
+if TYPE_CHECKING:
+    from .kernels.replay import Keep, Program
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Of one kind of forward: gradients that lie otherwise than y come in few ways.
+_MOST_BACKWARDS = 16
 
 _FORWARD_ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, bool[] enable_lora, "
@@ -53,8 +62,9 @@ def _compute(
     row_offset: int,
     column_offset: int,
     backend: str,
+    keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, its panel xa, and the mask's bits where there is dropout."""
+    """y, its panel xa, and the mask's bits where there is dropout; keep: see `replay.replayed`."""
     threshold = 0 if seed is None else dropout_threshold(dropout_p)
     kind = {"ranks": lora_A.shape[0], "drops": threshold > 0, "trains": not inference}
     choice = choose_forward(backend, x.device, x.dtype, lora_A.dtype, *x.shape, weight.shape[0], **kind)
@@ -68,7 +78,7 @@ def _compute(
         )
 
     facts = "forward", choice.path, inference, scaling, threshold, row_offset, column_offset, *enable_lora
-    return repeated(choice, (x, weight, bias, lora_A, lora_B, seed), facts, call)
+    return repeated(choice, (x, weight, bias, lora_A, lora_B, seed), facts, call, keep)
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +104,8 @@ def _gradients(
     dropout_p: float,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    keep: Keep | None = None,
+) -> Gradients:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is."""
     if bits is not None:
         scaling /= 1 - dropout_threshold(dropout_p) / 65536
@@ -107,13 +118,13 @@ def _gradients(
     choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, plain=plain)
     module = module_of("backward", choice)
 
-    def call() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def call() -> Gradients:
         return module.backward(  # type: ignore[no-any-return]
             dy, x, weight, lora_A, lora_B, xa, bits=bits, scaling=scaling, dtype=dtype, enable_lora=enable_lora
         )
 
     facts = "backward", choice.path, scaling, dtype, *enable_lora
-    return repeated(choice, (dy, x, weight, lora_A, lora_B, xa, bits), facts, call)
+    return repeated(choice, (dy, x, weight, lora_A, lora_B, xa, bits), facts, call, keep)
 
 
 def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -168,10 +179,40 @@ def _fake_backward(
     return dx, da, db
 
 
+@dataclass(eq=False, slots=True)
+class Known:
+    """How a layer is computed where `direct` holds for its tensors: a forward that was recorded, and its backwards.
+
+    The latter by the kinds of what they are given. Without a recording nothing is known but that.
+    """
+
+    forward: Program | None = None
+    backwards: dict[Hashable, Program] = field(default_factory=dict)
+
+    def gradients(self, given: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> Gradients:
+        """`_gradients` of the tensors that it is given and its other arguments."""
+        dy = given[0]
+        assert dy is not None
+        if self.forward is None or counted() or not here(dy):
+            return _gradients(*given, *arguments)  # type: ignore[arg-type]
+        from .kernels.replay import kinds_of, repeats
+
+        kinds = kinds_of(given)
+        program = self.backwards.get(kinds)
+        if program is not None and repeats(dy):
+            return program(given)  # type: ignore[return-value]
+
+        def keep(program: Program) -> None:
+            if len(self.backwards) < _MOST_BACKWARDS:
+                self.backwards[kinds] = program
+
+        return _gradients(*given, *arguments, keep=keep)  # type: ignore[arg-type, misc]
+
+
 class _LoRALinear(torch.autograd.Function):
     """Saves only what the wanted gradients read: x, the panel xa, the parameters, and one bit per element of x.
 
-    unwatched: whether `direct` holds for all tensors.
+    x may have other dimensions where `known` is given, as it is if `direct` holds for all tensors.
     """
 
     @staticmethod
@@ -189,14 +230,18 @@ class _LoRALinear(torch.autograd.Function):
         row_offset: int,
         column_offset: int,
         backend: str,
-        unwatched: bool = False,
+        known: Known | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         wants_dx, wants_dw, _, wants_da, wants_db = ctx.needs_input_grad[:5]
-        tensors, rest = (x, weight, bias, lora_A, lora_B), (scaling, dropout_p, row_offset, column_offset, backend)
-        if unwatched:
-            y, xa, bits = _compute(False, *tensors, enable_lora, seed, *rest)
-        else:
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
+        tensors, rest = (rows, weight, bias, lora_A, lora_B), (scaling, dropout_p, row_offset, column_offset, backend)
+        if known is None:
             y, xa, bits = torch.ops.fused_lora.lora_linear_forward(*tensors, enable_lora, seed, *rest)
+        elif known.forward is None:
+            y, xa, bits = _compute(False, *tensors, enable_lora, seed, *rest, keep)
+        else:
+            y, xa, bits = known.forward((*tensors, seed))
         wants_dyb = wants_dx or wants_da
         drops = seed is not None and dropout_threshold(dropout_p) > 0
         ctx.save_for_backward(
@@ -207,9 +252,10 @@ class _LoRALinear(torch.autograd.Function):
             xa if wants_db else None,
             bits if wants_dyb and drops else None,
         )
-        ctx.arguments = enable_lora, scaling, dropout_p, lora_A.dtype, backend
+        ctx.arguments, ctx.known, ctx.shape = (enable_lora, scaling, dropout_p, lora_A.dtype, backend), known, x.shape
         ctx.set_materialize_grads(False)
-        return y  # type: ignore[no-any-return]
+        # As a view it could not be written to.
+        return y if rows is x else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -220,29 +266,57 @@ class _LoRALinear(torch.autograd.Function):
         saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
+        watched = ctx.known is None or not direct(dy, *saved)
+        if len(ctx.shape) != 2:
+            dy, x = dy.flatten(0, -2), None if x is None else x.flatten(0, -2)
         if wants_dx or wants_da or wants_db:
-            watched = not direct(dy, *saved)
-            backward = torch.ops.fused_lora.lora_linear_backward if watched else _gradients
-            wanted_x = x if wants_da else None
-            dx, da, db = backward(dy, wanted_x, weight, lora_A, lora_B, xa, bits, *ctx.arguments)
+            given = dy, x if wants_da else None, weight, lora_A, lora_B, xa, bits
+            if watched:
+                dx, da, db = torch.ops.fused_lora.lora_linear_backward(*given, *ctx.arguments)
+            else:
+                dx, da, db = ctx.known.gradients(given, ctx.arguments)
         if wants_dw:
             dw = dy.T @ x
         if wants_dbias:
             dbias = dy.sum(0)
+        if wants_dx and dx is not None and len(ctx.shape) != 2:
+            dx = dx.view(ctx.shape)
         return dx if wants_dx else None, dw, dbias, da if wants_da else None, db if wants_db else None, *others
 
 
 _apply = direct_apply(_LoRALinear)
+_UNKNOWN = Known()
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Tensor:
-    """The op of the same name, or what it would do, called directly; x is two-dimensional."""
-    tensors, seed = (x, weight, bias, lora_A, lora_B), rest[1]
-    if not direct(*tensors, seed) or autocasts(x):
-        return torch.ops.fused_lora.lora_linear(*tensors, *rest)  # type: ignore[no-any-return]
-    if differentiates(*tensors):
-        return _apply(*tensors, *rest, True)  # type: ignore[no-any-return]
-    return _inference(*tensors, *rest)
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *rest: Any,
+    keep: Keep | None = None,
+) -> Tensor:
+    """The op of the same name, or what it would do, called directly; x may have other dimensions than two.
+
+    keep: is given the recording of a forward that is to be differentiated, once there is one; see `replay.replayed`.
+    """
+    tensors, seed = (weight, bias, lora_A, lora_B), rest[1]
+    two_dimensional, unwatched = x.dim() == 2, direct(x, *tensors, seed) and not autocasts(x)
+    differentiable = unwatched and differentiates(x, *tensors)
+    if differentiable and (two_dimensional or (x.dim() > 2 and x.is_contiguous())):
+        return _apply(x, *tensors, *rest, _UNKNOWN, keep)  # type: ignore[no-any-return]
+    rows = x if two_dimensional else x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    if differentiable:
+        y = _apply(rows, *tensors, *rest, _UNKNOWN)
+    else:
+        y = (_inference if unwatched else torch.ops.fused_lora.lora_linear)(rows, *tensors, *rest)
+    return y if two_dimensional else y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def known_linear(known: Known, *arguments: Any) -> Tensor:
+    """`lora_linear` of tensors to be differentiated, for which `direct` holds, by a forward that was recorded."""
+    return _apply(*arguments, known)  # type: ignore[no-any-return]
 
 
 def _autocast(device_type: str) -> Any:

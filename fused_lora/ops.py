@@ -47,11 +47,12 @@ def repeated(
     given: Sequence[Tensor | None],
     facts: tuple[Hashable, ...],
     call: Callable[[], T],
+    keep: Callable[[Any], object] | None = None,
 ) -> T:
     """call's results; where kernels compute them, from a recording if there is one. See `fused.repeated`."""
     if choice.path not in _REPEATED:
         return call()
-    return _module("triton").repeated(given, facts, call)  # type: ignore[no-any-return]
+    return _module("triton").repeated(given, facts, call, keep)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=8)
@@ -80,6 +81,11 @@ def direct(*tensors: Tensor | None) -> bool:
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply where `direct` holds: without a look at functorch's transforms, of which there are none."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def here(tensor: Tensor) -> bool:
+    """Whether it is on the current GPU."""
+    return tensor.is_cuda and tensor.get_device() == torch._C._cuda_getDevice()
 
 
 class _Once(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Calls that were made before, made again without the way there: of layers in inference, and of effective weights.
+"""Calls that were made before, made again without the way there: of linear layers, and of effective weights.
 
 On that way arguments are checked, a path is chosen and sizes are computed, which takes the host longer than the launch
 that comes of it. All of that follows from what `key_of` and `weight_key_of` hold.
@@ -8,26 +8,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import linear_op
 from .dispatch import choose, counted, requested_backend
-from .kernels.lookup import instrumentation, tiles_in_force
+from .kernels.lookup import instrumentation, tiles_in_force, watched
 from .linear_choice import choose_forward
-from .ops import direct
+from .ops import direct, here
 
-# Of x, weight (whichever way it is stored), bias, lora_A and lora_B; or of weight, lora_A, lora_B and what is known.
+# Of x, weight (whichever way it is stored), bias, lora_A, lora_B and, if a mask is drawn, its seed; or of weight, lora_A,
+# lora_B and what is known.
 Call = Callable[..., Tensor]
 
 _MOST_CALLS = 2048
 # None where there is no shorter way.
 _calls: OrderedDict[Hashable, Call | None] = OrderedDict()
-
-
-def _here(x: Tensor) -> bool:
-    """Whether x is on the current GPU."""
-    return x.is_cuda and x.get_device() == torch._C._cuda_getDevice()
 
 
 def key_of(
@@ -36,18 +34,24 @@ def key_of(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float,
-    fan_in_fan_out: bool,
-    enable_lora: Sequence[bool],
+    trains: bool,
+    numbers: tuple[Hashable, ...],
 ) -> Hashable:
-    """What determines how y is computed where nothing is dropped and nothing differentiated; None where more does."""
+    """What determines how y is computed; None where more does.
+
+    trains: whether y will be differentiated. numbers: scaling, and all else that is no tensor.
+    """
     # Dynamo, which is told by `direct`, cannot trace what follows it.
-    if torch.is_grad_enabled() or not direct(x, weight, bias, lora_A, lora_B):
+    if not direct(x, weight, bias, lora_A, lora_B):
         return None
-    if type(scaling) is not float or not _here(x) or counted() or torch._C._is_any_autocast_enabled():
+    if type(numbers[0]) is not float or not here(x) or counted() or torch._C._is_any_autocast_enabled():
+        return None
+    if trains and (x.dtype.itemsize != 2 or watched() or tiles_in_force()):
+        return None
+    if trains and not (x.dim() == 2 or (x.dim() > 2 and x.is_contiguous())):
         return None
     return (
-        requested_backend(), scaling, fan_in_fan_out, tuple(enable_lora), instrumentation(),
+        requested_backend(), trains, *numbers, instrumentation(),
         x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16,
         weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
         lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
@@ -60,7 +64,7 @@ def weight_key_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     """What determines how an effective weight is computed; None where more does."""
     if not direct(weight, lora_A, lora_B):
         return None
-    if type(scaling) is not float or not _here(weight) or counted() or tiles_in_force():
+    if type(scaling) is not float or not here(weight) or counted() or tiles_in_force():
         return None
     return (
         scaling, requested_backend(), instrumentation(),
@@ -75,6 +79,28 @@ def call_of(key: Hashable) -> Call | None:
     return None if key is None else _calls.get(key)
 
 
+def keeper(
+    key: Hashable, fan_in_fan_out: bool, enable_lora: list[bool], rest: tuple[float, float, int, int, str]
+) -> Callable[[Any], None]:
+    """What is to be given the recording of a forward that is differentiated, for calls with its key.
+
+    enable_lora, and rest, scaling and so on: as they were given to `linear_op.lora_linear`.
+    """
+
+    def keep(program: Any) -> None:
+        known = linear_op.Known(program)
+
+        def again(
+            x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None = None
+        ) -> Tensor:
+            weight = weight.T if fan_in_fan_out else weight
+            return linear_op.known_linear(known, x, weight, bias, lora_A, lora_B, enable_lora, seed, *rest)
+
+        _keep(key, again)
+
+    return keep
+
+
 def remember(
     key: Hashable,
     x: Tensor,
@@ -85,7 +111,7 @@ def remember(
     scaling: float,
     enable_lora: Sequence[bool],
 ) -> None:
-    """To be called once these were computed; weight [N, K]."""
+    """To be called once these were computed without gradients or a mask; weight [N, K]."""
     if key is None or key in _calls:
         return
     call: Call | None = None

@@ -12,7 +12,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from .fused import effective_weight, embedding, on
+from .fused import effective_weight, embedding, on, undrawn_panel
 from .kernels import mask
 from .kernels.config import scaled
 from .kernels.few_rows_grad import few_rows_grad
@@ -56,7 +56,7 @@ def forward(
         if dropout is not None:
             dropped, bits = mask.drop(x, dropout)
             scaling /= dropout.keep_probability
-        xa = product(dropped, in_dtype(lora_A, x.dtype).t(), scaling)
+        xa = undrawn_panel(dropped, lora_A.t(), scaling)
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         lora_B = in_dtype(lora_B, x.dtype)
         if len(enable_lora) == 1:
@@ -81,7 +81,7 @@ def grad_panels(
     """dyb [M, R] in dy.dtype where lora_B is given, db [N, R] in `dtype` where xa is."""
     if len(enable_lora) > 1:
         return _grad_panels_of_slices(dy, lora_B, xa, scaling, dtype, enable_lora)
-    dyb = None if lora_B is None else product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
+    dyb = None if lora_B is None else undrawn_panel(dy, lora_B, scaling, xa)
     return dyb, None if xa is None else _product(dy.t(), xa, dtype)
 
 
@@ -150,7 +150,7 @@ def _few_rows_backward(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dx, dyb = None, product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)
+    dx, dyb = None, undrawn_panel(dy, lora_B, scaling, xa)
     if weight is not None and lora_A is not None:
         dx = torch.mm(dy, weight)
         if bits is None:

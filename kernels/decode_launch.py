@@ -28,7 +28,6 @@ from .launch import (
     launch_again,
     plan_of,
     strides,
-    thread,
 )
 
 # Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
@@ -175,15 +174,12 @@ def decode(
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    words = flags_for(x, flags)
-    if thread.recorder is not None:
-        thread.recorder.took_flags(words, flags)
     made: dict[str, Tensor | None] = {
         "out_ptr": out,
         "drawn_ptr": drawn,
         "kept_panel_ptr": panel,
         "workspace_ptr": x.new_empty(floats, dtype=torch.float32),
-        "flags_ptr": words,
+        "flags_ptr": flags_for(x, flags),
     }
     launch(decode_kernel, *given, arguments, made, descriptors)
     return out, panel, drawn

@@ -15,6 +15,8 @@ from threading import RLock
 import torch
 from torch import Tensor
 
+from .launch import thread
+
 _POOL_WORDS = 1 << 22
 _WORDS_OF_A_STREAM = 1024
 _MOST_STREAMS = 1024
@@ -80,4 +82,8 @@ def flags_for(x: Tensor, count: int) -> Tensor:
             words = pool.take(count)
         elif pool is not None and count <= _WORDS_OF_A_STREAM:
             words = pool.shared(torch._C._cuda_getCurrentRawStream(index))
-    return x.new_zeros(count, dtype=torch.int32) if words is None else words
+    if words is None:
+        words = x.new_zeros(count, dtype=torch.int32)
+    if thread.recorder is not None:
+        thread.recorder.took_flags(words, count)
+    return words

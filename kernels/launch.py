@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .lookup import instrumentation
+from .lookup import instrumentation, watched
 
 # What the addresses of rows are multiples of for the GPU's copy engine.
 COPIED_BYTES = 16
@@ -119,12 +118,6 @@ def recording_by(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         thread.recorder = previous
-
-
-def watched() -> bool:
-    """Whether somebody, such as Triton's profiler, has hooks that are called at each launch."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def launch_again(plan: Plan, given: Sequence[Tensor | None], descriptors: Sequence[Described] = ()) -> None:

@@ -54,6 +54,15 @@ def instrumentation() -> str:
     return "" if knobs is None else knobs.compilation.instrumentation_mode
 
 
+def watched() -> bool:
+    """Whether somebody, such as Triton's profiler, has hooks that are called at each launch."""
+    knobs = sys.modules.get("triton.knobs")
+    if knobs is None:
+        return False
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def tiles_for(device: torch.device, dtype: torch.dtype, *sizes: int, aligned: bool = True) -> Tiles:
     """The table for a device, a dtype, the sizes that a kernel steps through, and a mask aligned to blocks of 8.
 

@@ -35,6 +35,7 @@ from fused_lora.kernels import (
     mask,
     own_panel,
     panel,
+    plain_panel,
 )
 from fused_lora.reference import Dropout
 
@@ -121,6 +122,13 @@ FIRST_WAVE = [
     Case("float16", "float16", 5, shape=(8192, 4096, 4000)),
     Case("bfloat16", "bfloat16", 16, shape=(8192, 4096, 12288), enable_lora=(True, False, True)),
 ]
+
+# A panel alone, divided into all numbers of parts; of a backward where it is fan_in_fan_out.
+PLAIN_PANEL = [
+    *(Case("bfloat16", "bfloat16", r, shape=(m, 4096, 4096), fan_in_fan_out=backward)
+      for r in (16, 32, 64, 128) for m in (64, 1024, 2048, 4096, 8192) for backward in (False, True)),
+    *(Case("float16", "float16", r, shape=(m, 16384, 16384)) for r in (16, 128) for m in (64, 512)),
+]  # fmt: skip
 
 # With a stage more than the table has.
 TIGHT = [
@@ -242,7 +250,7 @@ def compile_case(case: Case) -> None:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
-    for module in (first_wave, panel):
+    for module in (first_wave, panel, plain_panel):
         module.processors = lambda device: 132
     for module in (fused, unfused, adapter_grad):
         module.scaled = lambda rows, device: rows
@@ -250,8 +258,9 @@ def main(capability: int) -> None:
     torch.mm = lambda left, right, **options: left.new_empty(len(left), right.shape[1])
     torch.addmm = lambda total, left, right, **options: left.new_empty(len(left), right.shape[1])
     torch.Tensor.addmm_ = lambda total, left, right: total
-    for module in (first_wave, fused, fused_linear, panel, adapter_grad, low_rank_update):
+    for module in (first_wave, fused, fused_linear, panel, plain_panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
+    plain_panel._tile_for = lambda device: plain_panel._TILE
     fused.overlaps = lambda device: capability in (90, 100)
     own_panel.tile_of = partial(own_panel_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
@@ -291,6 +300,10 @@ def main(capability: int) -> None:
         if own_panel.tile_of(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
             x, weight, bias, lora_A, lora_B = tensors_of(case)
             fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
+    for case in PLAIN_PANEL if capability >= 90 else []:
+        current[0] = case
+        x, _, _, lora_A, lora_B = tensors_of(case)
+        fused.undrawn_panel(x, lora_B if case.fan_in_fan_out else lora_A.T, 2.0)
     # Tiles that leave no room for all that the table's do.
     table = config.TABLES.get(capability, config.SAFE)
     tight = replace(table, linear=replace(table.linear, num_stages=table.linear.num_stages + 1))

@@ -824,8 +824,8 @@ MUTANTS = (
         "",
         AGAIN,
     ),
-    Mutant("a call repeated where paths are counted", REPEAT, "or not _here(x) or counted()", "or not _here(x)", AGAIN),
-    Mutant("a call repeated on another GPU", REPEAT, "or not _here(x) or counted()", "or counted()", AGAIN),
+    Mutant("a call repeated where paths are counted", REPEAT, "or not here(x) or counted()", "or not here(x)", AGAIN),
+    Mutant("a call repeated on another GPU", REPEAT, "or not here(x) or counted()", "or counted()", AGAIN),
     Mutant(
         "a weight repeated with another scaling", REPEAT, "scaling, requested_backend(),", "requested_backend(),", AGAIN
     ),

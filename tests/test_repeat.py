@@ -61,7 +61,7 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(repeat, "_calls", OrderedDict())
-    monkeypatch.setattr(repeat, "_here", lambda x: True)
+    monkeypatch.setattr(repeat, "here", lambda x: True)
     with fused_lora.use_backend("decode"), torch.no_grad():
         yield Launches(monkeypatch)
 
@@ -214,10 +214,10 @@ def counted(t: dict[str, Any]) -> None:
     assert paths == {"forward/decode": 1}
 
 
-def within(block: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
+def within(block: Callable[[], Any], requires_grad: bool = False) -> Callable[[dict[str, Any]], None]:
     def call(t: dict[str, Any]) -> None:
         with block():
-            lora_linear(**t)
+            lora_linear(**t | {"x": t["x"].detach().requires_grad_(requires_grad)})
 
     return call
 
@@ -238,13 +238,13 @@ class Subclass(torch.Tensor):
 
 
 LONG_WAYS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a gradient is wanted": within(torch.enable_grad),
+    "a gradient is wanted": within(torch.enable_grad, requires_grad=True),
     "autocast": autocast,
     "paths are counted": counted,
     "another backend": within(lambda: fused_lora.use_backend("unfused")),
     "Triton instruments": within(instrumented),
     "batch_invariant": within(fused_lora.batch_invariant),
-    "training": lambda t: lora_linear(**t, training=True),
+    "a mask": lambda t: lora_linear(**t, training=True, dropout_p=0.5),
     "a tensor for scaling": lambda t: lora_linear(**t | {"scaling": torch.tensor(0.5)}),
     "a subclass": lambda t: lora_linear(**t | {"x": t["x"].as_subclass(Subclass)}),
 }
@@ -267,7 +267,7 @@ def test_compiled_code_neither_repeats_nor_asks_where_tensors_are(
     """The GPU that is current is asked for by a function that dynamo cannot trace."""
     t = problem()
     y = lora_linear(**t)
-    monkeypatch.setattr(repeat, "_here", lambda x: pytest.fail("asked while dynamo traces"))
+    monkeypatch.setattr(repeat, "here", lambda x: pytest.fail("asked while dynamo traces"))
     compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         assert torch.equal(compiled(**t), y)
@@ -279,7 +279,7 @@ def test_a_tensor_elsewhere_than_on_the_current_gpu_goes_the_long_way(
 ) -> None:
     t = problem()
     lora_linear(**t)
-    monkeypatch.setattr(repeat, "_here", lambda x: False)
+    monkeypatch.setattr(repeat, "here", lambda x: False)
     lora_linear(**t)
     assert len(launches.made) == 2 and not launches.again
 

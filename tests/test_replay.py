@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from threading import Thread
@@ -19,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 from triton import knobs
 
 import fused_lora
-from fused_lora import Choice, fused, linear_op, ops
+from fused_lora import Choice, fused, linear_op, ops, repeat
 from fused_lora.kernels import launch, replay
 from fused_lora.kernels.launch import Described
 from fused_lora.kernels.replay import Program, replayed
@@ -92,7 +93,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> C
     monkeypatch.setattr(launch, "_plans", type(launch._plans)())
     monkeypatch.setattr(replay, "_programs", type(replay._programs)())
     monkeypatch.setattr(replay, "_ready", type(replay._ready)())
-    monkeypatch.setattr(replay, "_repeats", lambda like: True)
+    monkeypatch.setattr(replay, "repeats", lambda like: True)
     return request.param()  # type: ignore[no-any-return]
 
 
@@ -335,7 +336,7 @@ def test_the_same_addresses_are_made_ready_once(kernel: Compiled, monkeypatch: p
             values[at.value] = tensor.data_ptr() - at.offset
         for tensor in tensors[1:-1]:
             tensor.fill_(0)
-        event.run(values)
+        event.run(values, streams[0])
         assert torch.equal(tensors[1], 2 * tensors[2] + tensors[0])
         return len(expansions) - before
 
@@ -406,7 +407,7 @@ def test_the_kind_of_a_forward_and_of_a_backward(monkeypatch: pytest.MonkeyPatch
     """Whatever is given to either, or a number of it, is in what a recording is found by."""
     told: list[tuple[Any, ...]] = []
 
-    def noting(choice: Choice, given: Any, facts: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+    def noting(choice: Choice, given: Any, facts: tuple[Any, ...], call: Callable[[], Any], keep: Any) -> Any:
         told.append((choice.path, tuple(given), facts))
         return call()
 
@@ -430,7 +431,7 @@ def test_the_kind_of_a_forward_and_of_a_backward(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("path", ["reference", "batch_invariant", "triton", "unfused", "decode"])
 def test_only_what_kernels_compute_is_recorded(monkeypatch: pytest.MonkeyPatch, path: Any) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(fused, "replayed", lambda given, facts, call: asked.append(given) or call())
+    monkeypatch.setattr(fused, "replayed", lambda given, facts, call, keep: asked.append(given) or call())
     x = torch.randn(2)
     assert ops.repeated(Choice(path, ""), (x,), (), lambda: (x, None)) == (x, None)
     assert len(asked) == (path in ("triton", "unfused", "decode"))
@@ -461,13 +462,19 @@ def test_the_same_bits_as_from_the_start(
     M, K, N = sizes
     options = {"lora_dropout": p, "device": "cuda", "dtype": torch.bfloat16, "adapter_dtype": adapter_dtype}
     layers = [fused_lora.Linear(K, N, r=r, lora_alpha=r, **options) for _ in range(2)]
-    for layer in layers:
+    rows = (2, M // 2) if r == 16 else (M,)
+    kept = [[torch.empty(*rows, n, device="cuda", dtype=torch.bfloat16) for n in (K, N)] for _ in layers]
+    for layer, (x, _) in zip(layers, kept, strict=True):
         torch.nn.init.normal_(layer.lora_B)
+        x.requires_grad_()
 
-    def step(layer: torch.nn.Module, number: int) -> list[Tensor]:
+    def step(number: int, which: int) -> list[Tensor]:
         torch.manual_seed(number)
-        x = torch.randn(M, K, device="cuda").bfloat16().requires_grad_()
-        dy = torch.randn(M, N, device="cuda").bfloat16()
+        layer, (x, dy) = layers[which], kept[which]
+        if number < 5:
+            x, dy = torch.empty_like(x).requires_grad_(), torch.empty_like(dy)
+        with torch.no_grad():
+            x.normal_(), dy.normal_()
         with fused_lora.use_backend(path):
             y = layer(x)
         gradients = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)
@@ -475,16 +482,18 @@ def test_the_same_bits_as_from_the_start(
         return [t.cpu() for t in (y, *gradients)]
 
     with monkeypatch.context() as patched:
-        patched.setattr(fused, "replayed", lambda given, facts, call: call())
-        expected = [step(layer, number) for number in range(5) for layer in layers]
-    monkeypatch.setattr(replay, "_programs", type(replay._programs)())
-    monkeypatch.setattr(replay, "_ready", type(replay._ready)())
-    found = [step(layer, number) for number in range(5) for layer in layers]
+        patched.setattr(fused, "replayed", lambda given, facts, call, keep: call())
+        expected = [step(number, which) for number in range(9) for which in range(2)]
+    for module, cache in ((replay, "_programs"), (replay, "_ready"), (repeat, "_calls")):
+        monkeypatch.setattr(module, cache, OrderedDict())
+    found = [step(number, which) for number in range(9) for which in range(2)]
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     # A layer whose factors are copied by torch for the copy engine is not repeated.
-    kinds = [type(program) for program in replay._programs.values()]
-    copied = r == 4 and path == "triton"
-    assert copied or kinds == [Program, Program]
+    if r == 4 and path == "triton":
+        return
+    programs = list(replay._programs.values())
+    assert [type(program) for program in programs] == [Program, Program] and len(repeat._calls) == 1
     # And the last steps launch what an earlier one at the same addresses has made ready.
-    assert copied or sum(ready is not None for ready in replay._ready.values()) >= len(layers)
+    launches = {event for program in programs for event in program.events if isinstance(event, replay._Launch)}
+    assert {key[0] for key, ready in replay._ready.items() if ready is not None} == launches

@@ -1,0 +1,136 @@
+"""A panel without a mask, brought by the copy engine: panel = scale * left @ factor, [M, R], for any rows and ranks.
+
+Where its tiles would leave multiprocessors idle the contraction is divided, and the last program of a tile to arrive
+adds the parts up in a fixed order. panel.py draws masks, and takes all that this cannot read.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._accumulate import accumulate
+from .config import PanelTile, processors, rank_block
+from .flags import flags_for
+from .launch import cdiv, describable, input_precision, launch, stated_work, strides
+from .lookup import tiles_for
+
+_TILE = PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=6)
+_INTERPRETED = PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)
+# Into how many parts a contraction may be divided; each is a kernel of its own.
+_SPLITS = (1, 2, 4, 8, 16)
+
+
+def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    left, factor = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "factor_ptr"))
+    panel = args["panel_ptr"]
+    return stated_work("plain_panel", 2.0 * panel.numel() * args["I"], left, factor, panel, dtype=left.dtype)
+
+
+@triton.jit(launch_metadata=_work, do_not_specialize=["M"])
+def _plain_panel_kernel(
+    left_ptr,  # a descriptor of [M, I]
+    factor_ptr,  # a descriptor of [I, R], or of its transpose if TRANSPOSED
+    panel_ptr, stride_pm, stride_pr,  # [M, R]
+    parts_ptr,  # [tiles of the panel, SPLITS, BLOCK_M, BLOCK_R] float32, or None if SPLITS is 1
+    arrived_ptr,  # how many parts of each tile are there, zero before and after; or None
+    scale,
+    M, I, R,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile_m, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    first_row, first_rank = tile_m * BLOCK_M, tl.program_id(1) * BLOCK_R
+    steps = tl.cdiv(tl.cdiv(I, BLOCK_I), SPLITS)
+    first = split * steps * BLOCK_I
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(first, tl.minimum(first + steps * BLOCK_I, I), BLOCK_I):
+        left = left_ptr.load([first_row, start])
+        if TRANSPOSED:
+            factor = factor_ptr.load([first_rank, start]).T
+        else:
+            factor = factor_ptr.load([start, first_rank])
+        acc = accumulate(left, factor, acc, PRECISION)
+    arrivals = tl.full((), SPLITS - 1, tl.int32)
+    if SPLITS > 1:
+        tile = tl.program_id(1) * tl.cdiv(M, BLOCK_M) + tile_m
+        places = tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        part_ptrs = parts_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_R) + places
+        tl.store(part_ptrs + split * (BLOCK_M * BLOCK_R), acc)
+        tl.debug_barrier()
+        arrivals = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")
+        if arrivals == SPLITS - 1:
+            acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for s in tl.static_range(SPLITS):
+                acc += tl.load(part_ptrs + s * (BLOCK_M * BLOCK_R), cache_modifier=".cg")
+            tl.store(arrived_ptr + tile, 0)
+    if arrivals == SPLITS - 1:
+        rows, ranks = first_row.to(tl.int64) + tl.arange(0, BLOCK_M), first_rank + tl.arange(0, BLOCK_R)
+        panel_ptrs = panel_ptr + rows[:, None] * stride_pm + ranks[None, :] * stride_pr
+        in_panel = (rows[:, None] < M) & (ranks[None, :] < R)
+        tl.store(panel_ptrs, (acc * scale).to(panel_ptr.dtype.element_ty), mask=in_panel)
+
+
+def _tile_for(device: torch.device) -> PanelTile:
+    return _TILE if device.type == "cuda" else _INTERPRETED
+
+
+@lru_cache(maxsize=1024)
+def splits_of(device: torch.device, tile: PanelTile, M: int, I: int, R: int) -> int:
+    """How many parts take the least time: waves of programs, and what is written and read of the parts."""
+    tiles = cdiv(M, tile.block_m) * cdiv(R, rank_block(R))
+
+    def time(splits: int) -> float:
+        parts = 0.0 if splits == 1 else 2 * splits * min(R, rank_block(R)) / I
+        return cdiv(tiles * splits, processors(device)) / splits + parts
+
+    return min(_SPLITS, key=time)
+
+
+def takes(left: Tensor, factor: Tensor) -> bool:
+    """Whether the copy engine can read both, left [M, I] and factor [I, R]."""
+    return (
+        left.numel() * factor.numel() > 0
+        and left.dtype == factor.dtype
+        and tiles_for(left.device, left.dtype, left.shape[1]).linear.descriptors
+        and describable(left)
+        and describable(factor if factor.stride(1) == 1 else factor.T)
+    )
+
+
+def plain_panel(left: Tensor, factor: Tensor, scale: float) -> Tensor:
+    """The panel [M, R] in left's dtype, of left [M, I] and factor [I, R], for which `takes` holds."""
+    (M, I), R = left.shape, factor.shape[1]
+    tile = _tile_for(left.device)
+    transposed = factor.stride(1) != 1
+    stored = factor.T if transposed else factor
+    block_r, splits = rank_block(R), splits_of(left.device, tile, M, I, R)
+    tiles = cdiv(M, tile.block_m) * cdiv(R, block_r)
+    out, parts, arrived = left.new_empty((M, R)), None, None
+    if splits > 1:
+        parts = left.new_empty((tiles, splits, tile.block_m, block_r), dtype=torch.float32)
+        arrived = flags_for(left, tiles)
+    precision = input_precision(left.dtype)
+
+    def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        return (cdiv(M, tile.block_m) * splits, cdiv(R, block_r)), dict(
+            **strides("pm pr", out),
+            scale=scale, M=M, I=I, R=R,
+            SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
+            TRANSPOSED=transposed, PRECISION=precision,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    described = {
+        "left_ptr": (left, [tile.block_m, tile.block_i]),
+        "factor_ptr": (stored, [block_r, tile.block_i] if transposed else [tile.block_i, block_r]),
+    }
+    made = {"panel_ptr": out, "parts_ptr": parts, "arrived_ptr": arrived}
+    tensors: dict[str, Tensor | None] = {"left_ptr": left, "factor_ptr": stored}
+    launch(_plain_panel_kernel, tensors, (tile, transposed, splits, scale, precision), arguments, made, described)
+    return out

@@ -1,0 +1,138 @@
+"""A panel without a mask: against float64, whole or of parts, and that parts leave no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
+
+from fused_lora import fused
+from fused_lora.kernels import config, plain_panel
+from fused_lora.kernels.flags import flags_for
+
+SIZES = [(1, 16, 16), (33, 48, 8), (50, 96, 64), (17, 160, 40), (100, 528, 136), (300, 64, 128), (256, 1024, 16)]
+
+
+def problem(M: int, K: int, R: int, backward: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """left [M, K], and factor [K, R] as lora_B lies in a backward, or as lora_A.T does in a forward."""
+    left, factor = torch.randn(M, K, device=device), torch.randn(R, K, device=device) * K**-0.5
+    return left.to(dtype), factor.to(dtype).T.contiguous() if backward else factor.to(dtype).T
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    monkeypatch.setattr(plain_panel, "splits_of", lambda *_: splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 4, 16])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_against_float64(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    sizes: tuple[int, int, int],
+    splits: int,
+    backward: bool,
+    dtype: torch.dtype,
+) -> None:
+    in_parts(monkeypatch, splits)
+    left, factor = problem(*sizes, backward, dtype, device)
+    assert plain_panel.takes(left, factor)
+    expected = -1.5 * (left.double() @ factor.double())
+    found = plain_panel.plain_panel(left, factor, -1.5)
+    by_torch = torch.addmm(left.new_empty(1), left, factor, beta=0, alpha=-1.5)
+    bound = max(2 * (by_torch - expected).abs().max(), torch.finfo(dtype).eps * expected.abs().max())
+    assert found.dtype == dtype and found.is_contiguous() and (found - expected).abs().max() <= bound
+    assert torch.equal(found, plain_panel.plain_panel(left, factor, -1.5))
+
+
+def test_it_reads_columns_and_rows_of_something_larger(device: str) -> None:
+    wide, factors = torch.randn(40, 160, device=device).half(), torch.randn(96, 64, device=device).half()
+    left, factor = wide[3:, 32:128], factors[:, 16:56]
+    assert plain_panel.takes(left, factor)
+    expected = plain_panel.plain_panel(left.contiguous(), factor.contiguous(), 1.0)
+    assert torch.equal(plain_panel.plain_panel(left, factor, 1.0), expected)
+    assert (expected - left.double() @ factor.double()).abs().max() < 0.05
+
+
+def test_parts_are_added_in_their_order_and_leave_words_at_zero(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """A part that is infinite, and one that is missing where programs run out of steps, come to light."""
+    in_parts(monkeypatch, 8)
+    given: list[Tensor] = []
+    monkeypatch.setattr(plain_panel, "flags_for", lambda *of: given.append(flags_for(*of)) or given[-1])
+    left, factor = problem(70, 16 * 7, 24, False, torch.bfloat16, device)
+    left[5, 16 * 6] = torch.inf
+    found = plain_panel.plain_panel(left, factor, 1.0)
+    expected = left.double() @ factor.double()
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    kept = found.isfinite()
+    assert (found - expected)[kept].abs().max() < 0.05
+    assert given and not any(words.any() for words in given)
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "R", "splits"),
+    [
+        (8192, 4096, 128, 1),
+        (8192, 4096, 16, 1),
+        (4096, 4096, 128, 2),
+        (2048, 4096, 16, 4),
+        (64, 14336, 16, 16),
+        (9000, 4096, 128, 4),
+        (8192, 16, 16, 1),
+    ],
+)
+def test_as_many_parts_as_fill_the_gpu(monkeypatch: pytest.MonkeyPatch, M: int, K: int, R: int, splits: int) -> None:
+    monkeypatch.setattr(plain_panel, "processors", lambda device: 132)
+    plain_panel.splits_of.cache_clear()
+    assert plain_panel.splits_of(torch.device("cpu"), plain_panel._TILE, M, K, R) == splits
+    plain_panel.splits_of.cache_clear()
+
+
+def refused() -> dict[str, tuple[Tensor, Tensor]]:
+    left, factor = torch.randn(32, 64).half(), torch.randn(64, 8).half()
+    return {
+        "no rows": (left[:0], factor),
+        "no ranks": (left, factor[:, :0]),
+        "another dtype": (left, factor.float()),
+        "odd rows": (torch.randn(32, 65).half()[:, :64], factor),
+        "odd columns": (left[:, ::2], factor[:32]),
+        "odd ranks": (left, torch.randn(64, 7).half()),
+        "an odd address": (torch.randn(32, 128).half()[:, 1:65], factor),
+    }
+
+
+@pytest.mark.parametrize("case", refused())
+def test_what_the_copy_engine_cannot_read_is_cublass(device: str, case: str) -> None:
+    left, factor = (t.to(device) if t.is_contiguous() else t for t in refused()[case])
+    if device == "cpu":
+        assert not plain_panel.takes(left, factor)
+    found = fused.undrawn_panel(left, factor, 0.5)
+    expected = 0.5 * (left.double() @ factor.double())
+    assert found.shape == expected.shape and found.dtype == left.dtype
+    assert expected.numel() == 0 or (found - expected).abs().max() < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the interpreter's table, unused on a GPU")
+def test_a_table_without_the_copy_engine_leaves_it_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, factor = problem(32, 64, 16, False, torch.bfloat16, "cpu")
+    monkeypatch.setattr(plain_panel, "tiles_for", lambda *_: config.AMPERE)
+    assert not plain_panel.takes(left, factor)
+
+
+def test_float32_factors_are_rounded_to_the_rows_dtype(device: str) -> None:
+    left, factor = problem(40, 64, 16, False, torch.bfloat16, device)
+    wide = factor.float() * (1 + 2**-10)
+    expected = fused.undrawn_panel(left, wide.bfloat16(), 1.0)
+    assert torch.equal(fused.undrawn_panel(left, wide, 1.0), expected)
+
+
+def test_what_a_profiler_is_told() -> None:
+    left, factor, panel = torch.empty(8, 64).half(), torch.empty(4, 64).half(), torch.empty(8, 4).half()
+    arguments: dict[str, Any] = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": panel, "I": 64}
+    work = plain_panel._work(None, None, arguments)
+    assert work == {"name": "plain_panel", "flops16": 2 * 8 * 64 * 4, "bytes": 2 * (8 * 64 + 4 * 64 + 8 * 4)}
