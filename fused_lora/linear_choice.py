@@ -14,11 +14,16 @@ from .dispatch import BATCH_INVARIANT, Choice, choose
 # On any GPU: rows, and rows together with the fewer features, from which the kernels take less time than cuBLAS; and
 # rows of whatever is bound by reading the weight.
 _FEWEST_ROWS, _FEWEST_OUTPUTS, _FEW_DECODED = 2048, 1 << 21, 64
-# Rows of a forward that is one launch, and its ranks; of more ranks so many elements of lora_A.
-_DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR = 512, 64, 1 << 19
-# Of one that draws a mask: rows together with ranks; and where outputs are few, more rows, and outputs with them.
+# Rows of a forward that is one launch, and its ranks; of more ranks so many elements of lora_A, or of the panel.
+_DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR, _DECODED_PANEL = 512, 64, 1 << 19, 1 << 14
+# Of one that draws a mask: elements of the panel; and where outputs are few, more rows, and outputs with them.
 _DRAWN_PANEL, _FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1 << 14, 1024, 1 << 20
-# Features of which masks of fewer than _FEWEST_ROWS are drawn as fast as by a kernel that draws them alone.
+# And of more than _DECODED_RANKS, up to so many: so many outputs at least for each row, beside at most so many elements
+# of the mask, which are drawn meanwhile; or few outputs of so many rows at least.
+_MOST_DRAWN_RANKS, _HIDING_OUTPUTS, _HIDDEN_MASK = 128, 8192, 1 << 20
+_FEWEST_DRAWN_ROWS, _FEWER_DRAWN_OUTPUTS = 256, 1 << 19
+# Features of which masks of fewer than _FEWEST_ROWS are drawn as fast as by a kernel that draws them alone, as it does
+# for more than _DECODED_RANKS.
 _MOST_DRAWN_FEATURES = 4096
 # Of one that draws none: for more rows no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and outputs
 # together less than the last. With _FEWEST_ROWS and more, where no gradient is wanted.
@@ -107,7 +112,12 @@ def _masked_forward(
     few_rows = rows <= _DECODED and rows * ranks <= _DRAWN_PANEL
     if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (few_rows or few_outputs)):
         return _FEW_DECODED_ROWS
-    if rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
+    if ranks > _DECODED_RANKS:
+        hidden = out_features >= _HIDING_OUTPUTS and rows * in_features <= _HIDDEN_MASK
+        hidden = hidden or (rows >= _FEWEST_DRAWN_ROWS and rows * out_features <= _FEWER_DRAWN_OUTPUTS)
+        if ranks <= _MOST_DRAWN_RANKS and hidden:
+            return _FEW_DECODED_ROWS
+    elif rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
         return choice
     return _where_full(choice, device, rows, out_features, in_features, _FULL)
 
@@ -130,15 +140,15 @@ def _forward(
     if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice
     large = rows > _DECODED or ranks * in_features > _LARGEST_DECODED_FACTOR
-    decodes = rows <= _FEW_DECODED or ranks <= _DECODED_RANKS or not large
+    decodes = ranks <= _DECODED_RANKS or not large or rows <= _FEW_DECODED or rows * ranks <= _DECODED_PANEL
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
-    if rows <= _DECODED:
-        return _FEW_DECODED_ROWS if decodes and busy else choice
+    if rows <= _DECODED and decodes and busy:
+        return _FEW_DECODED_ROWS
     most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
     alone = rows < _FEWEST_ROWS or (not trains and rows * out_features < _TOO_MUCH_DECODED)
-    if decodes and busy and alone and _FEWEST_DECODED_OUTPUTS <= out_features <= most:
+    if rows > _DECODED and decodes and busy and alone and _FEWEST_DECODED_OUTPUTS <= out_features <= most:
         return _MORE_DECODED_ROWS
-    return choice if rows < _FEWEST_ROWS else _where_full(choice, device, rows, out_features, in_features, _FULL)
+    return _where_full(choice, device, rows, out_features, in_features, _FULL)
 
 
 @lru_cache(maxsize=1024)

@@ -3,7 +3,8 @@
 `fused_lora::lora_linear` is the one that graphs, export and users see. MergedLinear is the same op: enable_lora names
 the slices of the output that have an adapter, and a plain layer is one slice.
 
-Two-dimensional but for what comes directly: x [M, K], weight [N, K], lora_A [R, K], lora_B [N, R], dy [M, N]; see reference.py.
+Two-dimensional but for what comes directly: x [M, K], weight [N, K], lora_A [R, K], lora_B [N, R], dy [M, N]; see
+reference.py.
 """
 
 from __future__ import annotations

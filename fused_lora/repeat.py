@@ -19,8 +19,8 @@ from .kernels.lookup import instrumentation, tiles_in_force, watched
 from .linear_choice import choose_forward
 from .ops import direct, here
 
-# Of x, weight (whichever way it is stored), bias, lora_A, lora_B and, if a mask is drawn, its seed; or of weight, lora_A,
-# lora_B and what is known.
+# Of x, weight (whichever way it is stored), bias, lora_A, lora_B and, if a mask is drawn, its seed; or of weight,
+# lora_A, lora_B and what is known.
 Call = Callable[..., Tensor]
 
 _MOST_CALLS = 2048

@@ -310,7 +310,7 @@ def replayed(
 
     given: all tensors that call reads, the first of them on the GPU that is current. facts: whatever else determines
     what call does, but for tables of tiles, which a `use_tiles` changes, and torch's matmul precision for float32.
-    keep: is given the recording that is used, which holds for other tensors of the same `kinds_of` while `repeats` does.
+    keep: is given the recording that is used, which holds for tensors of the same `kinds_of` while `repeats` does.
     """
     if not repeats(given[0]):
         return call()

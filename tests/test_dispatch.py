@@ -218,7 +218,7 @@ def test_a_forward_that_keeps_something_takes_one_launch_for_more_rows_where_it_
         choice = linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, **kind)
         assert choice.path == path and choice.reason, sizes
         many = linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, **kind | {"ranks": 128})
-        assert many.path == ("unfused" if path == "decode" and sizes[0] > 512 else path), sizes
+        assert many.path == ("triton" if path == "decode" and sizes[0] > 512 else path), sizes
 
 
 def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: torch.device) -> None:
@@ -250,6 +250,20 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (8192, 4096, 4096, 16): "triton",
         # Too small to tell.
         (2048, 4096, 496, 16): "unfused",
+        # More ranks, whose mask is drawn beside many outputs, or for few of them; or by a launch of its own.
+        (128, 4096, 14336, 128): "decode",
+        (128, 4096, 14336, 129): "unfused",
+        (128, 8192, 8192, 128): "decode",
+        (256, 8192, 8192, 128): "unfused",
+        (128, 8192, 8176, 128): "unfused",
+        (256, 4096, 14336, 128): "decode",
+        (257, 4096, 14336, 128): "unfused",
+        (256, 4096, 1024, 128): "decode",
+        (255, 4096, 1024, 128): "unfused",
+        (512, 4096, 1024, 128): "decode",
+        (512, 4096, 1040, 128): "unfused",
+        (512, 8192, 8192, 128): "triton",
+        (1024, 8192, 8192, 65): "triton",
     }
     for (*sizes, ranks), path in cases.items():
         for trains in (False, True):
@@ -267,8 +281,10 @@ def test_odd_sizes_and_float32_take_cublas_whatever_is_kept_or_dropped(gpu: torc
 
 def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: torch.device) -> None:
     for ranks, rows, inputs, path in (
-        (128, 64, 14336, "decode"),
-        (128, 65, 14336, "unfused"),
+        (128, 128, 14336, "decode"),
+        (128, 129, 14336, "unfused"),
+        (256, 64, 14336, "decode"),
+        (256, 65, 14336, "unfused"),
         (64, 256, 14336, "decode"),
         (128, 256, 4096, "decode"),
         (128, 256, 8192, "unfused"),
@@ -276,6 +292,8 @@ def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: tor
         for trains in (False, True):
             kind = {"ranks": ranks, "drops": False, "trains": trains}
             assert linear_choice.choose_forward("auto", gpu, HALF, HALF, rows, inputs, 4096, **kind).path == path
+            # Where the kernels' tiles keep the multiprocessors busy they take less time than both.
+            assert linear_choice.choose_forward("auto", gpu, HALF, HALF, 512, 8192, 8192, **kind).path == "triton"
 
 
 def test_tiles_with_their_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: torch.device) -> None:

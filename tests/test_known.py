@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +23,11 @@ from fused_lora.functional import lora_linear
 from fused_lora.kernels import lookup, replay
 from fused_lora.kernels.config import SAFE
 from fused_lora.reference import Dropout
+
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run in the interpreter; on a GPU test_replay.py has real recordings"
+)
 
 
 class Recordings:
@@ -340,7 +344,7 @@ def test_layers_take_the_short_way(recordings: Recordings) -> None:
 
 @pytest.mark.parametrize("fused_backend", ["triton", "unfused"])
 def test_without_a_stand_in_nothing_is_known_on_a_cpu(fused_backend: Any) -> None:
-    with fused_lora.use_backend(fused_backend), nullcontext():
+    with fused_lora.use_backend(fused_backend):
         before = len(repeat._calls)
         for _ in range(4):
             trained(problem())
