@@ -32,10 +32,10 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Choice:
     """A path and the reason for it, in words.
 
-    "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels,
-    but for panels of many ranks, which are cuBLAS's. "unfused": cuBLAS for the large products, kernels for masks and
-    for few rows' gradients of the adapter. "decode": one kernel for the whole of a linear layer's forward, and for most
-    of its backward. "batch_invariant": that forward with tiles that no number of rows changes, or row by row
+    "plain": torch's own layer. "reference": the mathematics in plain PyTorch. "triton": the fused kernels, but for the
+    largest panels of many ranks, which are cuBLAS's. "unfused": cuBLAS for the large products, kernels for panels,
+    masks and few rows' gradients of the adapter. "decode": one kernel for the whole of a linear layer's forward, and
+    for most of its backward. "batch_invariant": that forward with tiles that no number of rows changes, or row by row
     where it cannot run.
     """
 

@@ -16,8 +16,11 @@ from .kernels.narrow import narrow
 from .kernels.replay import Keep, Results, replayed
 from .reference import Dropout, in_dtype, product
 
-# For more ranks of all slices together `undrawn_panel` takes less time, of a masked x too.
+# For more ranks of all slices together cuBLAS makes a panel in less time than panel.py, and of a masked x
+# `undrawn_panel` does.
 _FEW_RANKS, _FEW_MASKED_RANKS = 32, 64
+# For more of those, and more numbers to be read, cuBLAS takes a few microseconds less for a panel alone.
+_FEW_READ = 1 << 24
 # For at most so many rows of many ranks, one launch for both of an adapter's gradients takes less time than several
 # beside dx's GEMM.
 _FEW_ROWS, _FEW_MASKED_ROWS = 2048, 1024
@@ -56,9 +59,13 @@ def _narrowed(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tupl
 
 
 def undrawn_panel(left: Tensor, factor: Tensor, scale: float, alike: Tensor | None = None) -> Tensor:
-    """scale * left @ factor in left's dtype, by cuBLAS where the copy engine cannot read them; alike: see `product`."""
+    """scale * left @ factor in left's dtype; alike: see `product`.
+
+    By cuBLAS where the copy engine cannot read them, or it saves more of the GPU's time than it costs of the host's.
+    """
     factor = in_dtype(factor, left.dtype)
-    if plain_panel.takes(left, factor):
+    large = factor.shape[1] > _FEW_MASKED_RANKS and left.numel() > _FEW_READ
+    if not large and plain_panel.takes(left, factor):
         return plain_panel.plain_panel(left, factor, scale)
     return product(left, factor, scale, alike)
 
@@ -84,7 +91,7 @@ def forward(
         if dropout is None and first_wave.takes(x, weight, lora_A):
             return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
         ranks, half = len(lora_A), x.dtype.itemsize == 2
-        if dropout is None and half and ranks > _FEW_RANKS:
+        if dropout is None and half and (ranks > _FEW_RANKS or plain_panel.takes(x, lora_A.t())):
             xa, bits = undrawn_panel(x, lora_A.t(), scaling), None
         elif dropout is not None and half and ranks > _FEW_MASKED_RANKS:
             dropped, bits = mask.drop(x, dropout)

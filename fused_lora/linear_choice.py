@@ -14,20 +14,24 @@ from .dispatch import BATCH_INVARIANT, Choice, choose
 # On any GPU: rows, and rows together with the fewer features, from which the kernels take less time than cuBLAS; and
 # rows of whatever is bound by reading the weight.
 _FEWEST_ROWS, _FEWEST_OUTPUTS, _FEW_DECODED = 2048, 1 << 21, 64
-# Rows of a forward that is one launch, and its ranks; of more ranks so many elements of lora_A, or of the panel.
-_DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR, _DECODED_PANEL = 512, 64, 1 << 19, 1 << 14
-# Of one that draws a mask: elements of the panel; and where outputs are few, more rows, and outputs with them.
-_DRAWN_PANEL, _FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1 << 14, 1024, 1 << 20
+# Rows of a forward that is one launch, and its ranks. Of more ranks at most so many elements of the panel, or of lora_A
+# beside many outputs or few.
+_DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR, _SMALL_PANEL = 512, 64, 1 << 19, 1 << 14
+# Of one that draws a mask: as small a panel; and where outputs are few, more rows, and outputs with them.
+_FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1024, 1 << 20
 # And of more than _DECODED_RANKS, up to so many: so many outputs at least for each row, beside at most so many elements
 # of the mask, which are drawn meanwhile; or few outputs of so many rows at least.
 _MOST_DRAWN_RANKS, _HIDING_OUTPUTS, _HIDDEN_MASK = 128, 8192, 1 << 20
-_FEWEST_DRAWN_ROWS, _FEWER_DRAWN_OUTPUTS = 256, 1 << 19
+_FEWEST_DRAWN_ROWS, _FEWER_OUTPUTS = 512, 1 << 19
+# Of a backward that is one launch but for the adapter's gradients: rows, and the features on both sides; and where few
+# ranks make lora_B's rows short, which the panel's few programs read slowly, the features that they go through.
+_DECODED_BACK, _DECODED_FEATURES, _FEW_RANKS, _FEW_INNER = 128, 4096, 32, 1024
 # Features of which masks of fewer than _FEWEST_ROWS are drawn as fast as by a kernel that draws them alone, as it does
 # for more than _DECODED_RANKS.
 _MOST_DRAWN_FEATURES = 4096
-# Of one that draws none: for more rows no fewer outputs, and with less than _FEWEST_ROWS no more; of rows and outputs
-# together less than the last. With _FEWEST_ROWS and more, where no gradient is wanted.
-_FEWEST_DECODED_OUTPUTS, _MOST_DECODED_OUTPUTS, _TOO_MUCH_DECODED = 2048, 8192, 1 << 25
+# Of one that draws none: for more rows no fewer outputs, and with less than _FEWEST_ROWS no more features; of rows and
+# outputs together less than the last. With _FEWEST_ROWS and more, where no gradient is wanted.
+_FEWEST_DECODED_OUTPUTS, _MOST_DECODED, _TOO_MUCH_DECODED = 2048, 8192, 1 << 25
 # Which part of the multiprocessors one launch must keep busy.
 _BUSY = 0.8
 # Of rows and outputs together; with fewer, one launch takes as little time as two that compute the panel in the first
@@ -109,12 +113,12 @@ def _masked_forward(
     choice: Choice, device: torch.device, rows: int, in_features: int, out_features: int, ranks: int
 ) -> Choice:
     few_outputs = rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEW_DRAWN_OUTPUTS
-    few_rows = rows <= _DECODED and rows * ranks <= _DRAWN_PANEL
+    few_rows = rows <= _DECODED and rows * ranks <= _SMALL_PANEL
     if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (few_rows or few_outputs)):
         return _FEW_DECODED_ROWS
     if ranks > _DECODED_RANKS:
         hidden = out_features >= _HIDING_OUTPUTS and rows * in_features <= _HIDDEN_MASK
-        hidden = hidden or (rows >= _FEWEST_DRAWN_ROWS and rows * out_features <= _FEWER_DRAWN_OUTPUTS)
+        hidden = hidden or (rows >= _FEWEST_DRAWN_ROWS and rows * out_features <= _FEWER_OUTPUTS)
         if ranks <= _MOST_DRAWN_RANKS and hidden:
             return _FEW_DECODED_ROWS
     elif rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
@@ -139,15 +143,18 @@ def _forward(
         return _FEW_OUTPUTS
     if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice
+    few = rows <= _FEW_DECODED or rows * ranks <= _SMALL_PANEL
     large = rows > _DECODED or ranks * in_features > _LARGEST_DECODED_FACTOR
-    decodes = ranks <= _DECODED_RANKS or not large or rows <= _FEW_DECODED or rows * ranks <= _DECODED_PANEL
+    hidden = out_features >= _HIDING_OUTPUTS or rows * out_features <= _FEWER_OUTPUTS
+    decodes = ranks <= _DECODED_RANKS or few or (not large and hidden)
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
-    if rows <= _DECODED and decodes and busy:
-        return _FEW_DECODED_ROWS
-    most = _MOST_DECODED_OUTPUTS if rows < _FEWEST_ROWS else out_features
-    alone = rows < _FEWEST_ROWS or (not trains and rows * out_features < _TOO_MUCH_DECODED)
-    if rows > _DECODED and decodes and busy and alone and _FEWEST_DECODED_OUTPUTS <= out_features <= most:
-        return _MORE_DECODED_ROWS
+    if decodes and busy:
+        most = _MOST_DECODED if rows < _FEWEST_ROWS else max(in_features, out_features)
+        alone = rows < _FEWEST_ROWS or (not trains and rows * out_features < _TOO_MUCH_DECODED)
+        if rows <= _DECODED:
+            return _FEW_DECODED_ROWS
+        if alone and out_features >= _FEWEST_DECODED_OUTPUTS and max(in_features, out_features) <= most:
+            return _MORE_DECODED_ROWS
     return _where_full(choice, device, rows, out_features, in_features, _FULL)
 
 
@@ -160,10 +167,12 @@ def choose_backward(
     rows: int,
     *features: int,
     plain: bool,
+    ranks: int,
 ) -> Choice:
     """The path of a backward, for dy's rows and columns and x's columns.
 
-    plain: whether dx is wanted, of a layer with one adapter for all outputs; else x's columns may be missing.
+    plain: whether dx is wanted, of a layer with one adapter for all outputs; else x's columns may be missing. ranks: of
+    all its slices together.
     """
     choice = choose_linear(request, device, dtype, adapter_dtype, rows, *features)
     if not plain or not _decodes(request, choice, dtype, *features):
@@ -175,6 +184,8 @@ def choose_backward(
     if rows <= _FEW_DECODED:
         return _FEW_DECODED_ROWS
     inner, columns = features
+    if rows <= _DECODED_BACK and max(features) <= _DECODED_FEATURES and (ranks > _FEW_RANKS or inner <= _FEW_INNER):
+        return _FEW_DECODED_ROWS
     return _where_full(choice, device, rows, columns, inner, _FULL_ENOUGH if inner <= columns else _FULL)
 
 

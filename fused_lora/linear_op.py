@@ -116,7 +116,8 @@ def _gradients(
     read = weight if x is None else x
     features = () if read is None else read.shape[1:]
     plain = weight is not None and lora_A is not None and lora_B is not None and len(enable_lora) == 1
-    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, plain=plain)
+    ranks = 0 if lora_B is None else sum(enable_lora) * lora_B.shape[1]
+    choice = choose_backward(backend, dy.device, dy.dtype, dtype, *dy.shape, *features, plain=plain, ranks=ranks)
     module = module_of("backward", choice)
 
     def call() -> Gradients:

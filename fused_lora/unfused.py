@@ -1,7 +1,7 @@
 """The same functions as reference.py for shapes where cuBLAS and a second pass over y and dx take less time.
 
-Those are few rows, above all: what counts there is the number of launches, and the host's time for each. Masks are
-drawn and applied by kernels, and few rows' da and db are one.
+Those are few rows, above all: what counts there is the number of launches, and the host's time for each. Panels are
+made, masks drawn and applied by kernels, and few rows' da and db are one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .fused import effective_weight, embedding, on, undrawn_panel
 from .kernels import mask
 from .kernels.config import scaled
 from .kernels.few_rows_grad import few_rows_grad
-from .reference import Dropout, in_dtype, product
+from .reference import Dropout, in_dtype
 
 __all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels"]
 
@@ -97,7 +97,8 @@ def _grad_panels_of_slices(
     columns, enabled = _enabled(dy, enable_lora), sum(enable_lora)
     if lora_B is not None:
         factors = in_dtype(lora_B, dy.dtype).tensor_split(enabled)
-        dyb = _joined([product(piece, factor, scaling) for piece, factor in zip(columns, factors, strict=True)], 1)
+        pieces = zip(columns, factors, strict=True)
+        dyb = _joined([undrawn_panel(piece, factor, scaling) for piece, factor in pieces], 1)
     if xa is not None:
         panels = xa.tensor_split(enabled, 1)
         db = _joined([_product(piece.t(), panel, dtype) for piece, panel in zip(columns, panels, strict=True)], 0)

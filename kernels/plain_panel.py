@@ -6,7 +6,9 @@ adds the parts up in a fixed order. panel.py draws masks, and takes all that thi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,13 +17,38 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from .config import PanelTile, processors, rank_block
+from .config import processors, rank_block
 from .flags import flags_for
 from .launch import cdiv, describable, input_precision, launch, stated_work, strides
 from .lookup import tiles_for
 
-_TILE = PanelTile(block_m=64, block_i=64, num_warps=4, num_stages=6)
-_INTERPRETED = PanelTile(block_m=16, block_i=16, num_warps=4, num_stages=1)
+
+@dataclass(frozen=True)
+class PlainPanelTile:
+    """Rows and at most so many ranks of the panel that one program computes, and the step of the contraction.
+
+    at_once: how many programs a multiprocessor has room for. step, step_of_rank: what a step takes, in microseconds.
+    """
+
+    block_m: int
+    most_ranks: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+    at_once: int
+    step: float
+    step_of_rank: float
+
+    def block_r(self, ranks: int) -> int:
+        return min(rank_block(ranks), self.most_ranks)
+
+
+# Of many rows, and of few, which would leave the first to few programs.
+_TILES = (
+    PlainPanelTile(64, 128, 64, num_warps=4, num_stages=6, at_once=1, step=0.14, step_of_rank=0.0002),
+    PlainPanelTile(32, 64, 64, num_warps=4, num_stages=6, at_once=3, step=0.16, step_of_rank=0.0018),
+)
+_INTERPRETED = (PlainPanelTile(16, 64, 16, num_warps=4, num_stages=1, at_once=1, step=1.0, step_of_rank=0.0),)
 # Into how many parts a contraction may be divided; each is a kernel of its own.
 _SPLITS = (1, 2, 4, 8, 16)
 
@@ -76,20 +103,30 @@ def _plain_panel_kernel(
         tl.store(panel_ptrs, (acc * scale).to(panel_ptr.dtype.element_ty), mask=in_panel)
 
 
-def _tile_for(device: torch.device) -> PanelTile:
-    return _TILE if device.type == "cuda" else _INTERPRETED
+def _tiles_for(device: torch.device) -> tuple[PlainPanelTile, ...]:
+    return _TILES if device.type == "cuda" else _INTERPRETED
 
 
 @lru_cache(maxsize=1024)
-def splits_of(device: torch.device, tile: PanelTile, M: int, I: int, R: int) -> int:
-    """How many parts take the least time: waves of programs, and what is written and read of the parts."""
-    tiles = cdiv(M, tile.block_m) * cdiv(R, rank_block(R))
+def layout_of(device: torch.device, M: int, I: int, R: int) -> tuple[PlainPanelTile, int]:
+    """The tile and into how many parts the contraction is divided, of 16-bit numbers, for the least time.
 
-    def time(splits: int) -> float:
-        parts = 0.0 if splits == 1 else 2 * splits * min(R, rank_block(R)) / I
-        return cdiv(tiles * splits, processors(device)) / splits + parts
+    A model of an H200, fitted to 128 to 8192 rows, 4096 and 14336 columns, and ranks of 8 and 128: a step takes its
+    latency, or what all programs of a wave read in it at nine terabytes a second; adding up parts depends on their size
+    and their number.
+    """
 
-    return min(_SPLITS, key=time)
+    def microseconds(layout: tuple[PlainPanelTile, int]) -> float:
+        tile, splits = layout
+        block_r = tile.block_r(R)
+        programs = cdiv(M, tile.block_m) * cdiv(R, block_r) * splits
+        waves = cdiv(programs, tile.at_once * processors(device))
+        read = programs / waves * 2 * (tile.block_m + block_r) * tile.block_i / 9e6
+        steps = waves * cdiv(cdiv(I, tile.block_i), splits) * max(tile.step + block_r * tile.step_of_rank, read)
+        part = 4 * tile.block_m * block_r / 1024
+        return steps if splits == 1 else steps + 0.6 + 0.044 * part + splits * (0.08 + 0.021 * part)
+
+    return min(product(_tiles_for(device), _SPLITS), key=microseconds)
 
 
 def takes(left: Tensor, factor: Tensor) -> bool:
@@ -106,10 +143,10 @@ def takes(left: Tensor, factor: Tensor) -> bool:
 def plain_panel(left: Tensor, factor: Tensor, scale: float) -> Tensor:
     """The panel [M, R] in left's dtype, of left [M, I] and factor [I, R], for which `takes` holds."""
     (M, I), R = left.shape, factor.shape[1]
-    tile = _tile_for(left.device)
+    tile, splits = layout_of(left.device, M, I, R)
     transposed = factor.stride(1) != 1
     stored = factor.T if transposed else factor
-    block_r, splits = rank_block(R), splits_of(left.device, tile, M, I, R)
+    block_r = tile.block_r(R)
     tiles = cdiv(M, tile.block_m) * cdiv(R, block_r)
     out, parts, arrived = left.new_empty((M, R)), None, None
     if splits > 1:

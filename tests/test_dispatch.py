@@ -152,6 +152,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 RANKS = 16
 ALONE = {"ranks": RANKS, "drops": False, "trains": False}
 KINDS = [{"ranks": RANKS, "drops": drops, "trains": trains} for drops in (False, True) for trains in (False, True)]
+BACK = {"plain": True, "ranks": RANKS}
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
@@ -200,25 +201,29 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
 
 
 def test_a_forward_that_keeps_something_takes_one_launch_for_more_rows_where_it_is_busy(gpu: torch.device) -> None:
+    # With 16 ranks, and with 128.
     cases = {
-        (512, 4096, 4096): "decode",
-        (1024, 4096, 4096): "decode",
-        (1024, 14336, 4096): "decode",
-        (1024, 8192, 8192): "decode",
-        (1024, 4096, 14336): "unfused",
-        (1536, 4096, 4096): "unfused",
-        (2047, 4096, 4096): "decode",
-        (2048, 4096, 4096): "triton",
-        (2304, 4096, 4096): "unfused",
-        (2304, 4096, 14336): "triton",
-        (8192, 4096, 4096): "triton",
+        (256, 4096, 4096): ("decode", "unfused"),
+        (512, 4096, 4096): ("decode", "unfused"),
+        (512, 4096, 14336): ("decode", "decode"),
+        (512, 4096, 1024): ("decode", "decode"),
+        (1024, 4096, 4096): ("decode", "triton"),
+        (1024, 14336, 4096): ("triton", "triton"),
+        (1024, 8192, 8192): ("decode", "triton"),
+        (1024, 4096, 14336): ("unfused", "unfused"),
+        (1536, 4096, 4096): ("unfused", "unfused"),
+        (2047, 4096, 4096): ("decode", "triton"),
+        (2048, 4096, 4096): ("triton", "triton"),
+        (2304, 4096, 4096): ("unfused", "unfused"),
+        (2304, 4096, 14336): ("triton", "triton"),
+        (8192, 4096, 4096): ("triton", "triton"),
     }
-    for sizes, path in cases.items():
+    for sizes, (path, of_many) in cases.items():
         kind = {"ranks": RANKS, "drops": False, "trains": True}
         choice = linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, **kind)
         assert choice.path == path and choice.reason, sizes
         many = linear_choice.choose_forward("auto", gpu, HALF, HALF, *sizes, **kind | {"ranks": 128})
-        assert many.path == ("triton" if path == "decode" and sizes[0] > 512 else path), sizes
+        assert many.path == of_many, sizes
 
 
 def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: torch.device) -> None:
@@ -258,8 +263,7 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (128, 8192, 8176, 128): "unfused",
         (256, 4096, 14336, 128): "decode",
         (257, 4096, 14336, 128): "unfused",
-        (256, 4096, 1024, 128): "decode",
-        (255, 4096, 1024, 128): "unfused",
+        (511, 4096, 1024, 128): "unfused",
         (512, 4096, 1024, 128): "decode",
         (512, 4096, 1040, 128): "unfused",
         (512, 8192, 8192, 128): "triton",
@@ -286,8 +290,7 @@ def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: tor
         (256, 64, 14336, "decode"),
         (256, 65, 14336, "unfused"),
         (64, 256, 14336, "decode"),
-        (128, 256, 4096, "decode"),
-        (128, 256, 8192, "unfused"),
+        (65, 256, 4096, "unfused"),
     ):
         for trains in (False, True):
             kind = {"ranks": ranks, "drops": False, "trains": trains}
@@ -310,14 +313,34 @@ def test_tiles_with_their_panel_are_taken_with_few_ranks_and_no_mask_only(gpu: t
 def test_a_backward_of_few_rows_takes_one_launch_for_dx(gpu: torch.device) -> None:
     sizes = 4096, 14336
     for rows, path in ((0, "decode"), (64, "decode"), (65, "unfused"), (8192, "triton")):
-        assert linear_choice.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=True).path == path
-        plainly = linear_choice.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, plain=False)
+        assert linear_choice.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, **BACK).path == path
+        plainly = linear_choice.choose_backward("auto", gpu, HALF, HALF, rows, *sizes, **BACK | {"plain": False})
         assert plainly == linear_choice.choose_linear("auto", gpu, HALF, HALF, rows, *sizes)
     for backend in ("reference", "triton", "unfused", "decode"):
-        assert linear_choice.choose_backward(backend, gpu, SINGLE, SINGLE, 8192, *sizes, plain=True).path == backend
-    assert linear_choice.choose_backward("decode", gpu, HALF, HALF, 1, *sizes, plain=False).path == "triton"
+        assert linear_choice.choose_backward(backend, gpu, SINGLE, SINGLE, 8192, *sizes, **BACK).path == backend
+    assert (
+        linear_choice.choose_backward("decode", gpu, HALF, HALF, 1, *sizes, **BACK | {"plain": False}).path == "triton"
+    )
     for dtype, features in ((SINGLE, sizes), (HALF, (4096, 4100)), (HALF, (4100, 4096))):
-        assert linear_choice.choose_backward("auto", gpu, dtype, dtype, 1, *features, plain=True).path == "unfused"
+        assert linear_choice.choose_backward("auto", gpu, dtype, dtype, 1, *features, **BACK).path == "unfused"
+
+
+def test_a_backward_of_more_rows_takes_one_launch_for_dx_where_that_takes_less_time(gpu: torch.device) -> None:
+    """Sizes are rows, outputs, inputs and ranks."""
+    for (*sizes, ranks), path in {
+        (128, 4096, 4096, 64): "decode",
+        (65, 4096, 4096, 33): "decode",
+        (128, 4096, 4096, 32): "unfused",
+        (128, 1024, 4096, 8): "decode",
+        (128, 1040, 4096, 8): "unfused",
+        (128, 4096, 4112, 64): "unfused",
+        (128, 4112, 4096, 64): "unfused",
+        (129, 1024, 1024, 64): "unfused",
+    }.items():
+        for plain in (True, False):
+            kind = {"plain": plain, "ranks": ranks}
+            found = linear_choice.choose_backward("auto", gpu, HALF, HALF, *sizes, **kind).path
+            assert found == (path if plain else "unfused"), (sizes, ranks)
 
 
 def test_a_backward_takes_the_kernels_where_their_tiles_fill_the_last_wave(gpu: torch.device) -> None:
@@ -339,7 +362,7 @@ def test_a_backward_takes_the_kernels_where_their_tiles_fill_the_last_wave(gpu: 
         (5000, 14336, 4096): "triton",
     }
     for sizes, path in cases.items():
-        choice = linear_choice.choose_backward("auto", gpu, HALF, HALF, *sizes, plain=True)
+        choice = linear_choice.choose_backward("auto", gpu, HALF, HALF, *sizes, **BACK)
         assert choice.path == path and choice.reason, sizes
 
 
@@ -352,4 +375,4 @@ def test_a_gpu_that_was_not_measured_takes_one_launch_for_few_rows_only(
     for rows, path in ((64, "decode"), (65, "unfused"), (8192, "triton")):
         for kind in KINDS:
             assert linear_choice.choose_forward("auto", gpu, half, half, rows, *sizes, **kind).path == path
-    assert linear_choice.choose_backward("auto", gpu, half, half, 1, *sizes, plain=True).path == "unfused"
+    assert linear_choice.choose_backward("auto", gpu, half, half, 1, *sizes, **BACK).path == "unfused"

@@ -24,7 +24,8 @@ def problem(M: int, K: int, R: int, backward: bool, dtype: torch.dtype, device: 
 
 
 def in_parts(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    monkeypatch.setattr(plain_panel, "splits_of", lambda *_: splits)
+    layout_of = plain_panel.layout_of
+    monkeypatch.setattr(plain_panel, "layout_of", lambda *of: (layout_of(*of)[0], splits))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -75,22 +76,26 @@ def test_parts_are_added_in_their_order_and_leave_words_at_zero(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("M", "K", "R", "splits"),
+    ("M", "K", "R", "rows", "splits"),
     [
-        (8192, 4096, 128, 1),
-        (8192, 4096, 16, 1),
-        (4096, 4096, 128, 2),
-        (2048, 4096, 16, 4),
-        (64, 14336, 16, 16),
-        (9000, 4096, 128, 4),
-        (8192, 16, 16, 1),
+        (8192, 4096, 128, 64, 1),
+        (8192, 4096, 16, 64, 1),
+        (2048, 4096, 128, 64, 2),
+        (512, 4096, 128, 32, 8),
+        (256, 4096, 128, 32, 8),
+        (512, 4096, 8, 32, 8),
+        (256, 14336, 128, 32, 16),
+        (8192, 16, 16, 64, 1),
     ],
 )
-def test_as_many_parts_as_fill_the_gpu(monkeypatch: pytest.MonkeyPatch, M: int, K: int, R: int, splits: int) -> None:
+def test_the_tile_and_parts_that_took_the_least_time_on_an_h200(
+    monkeypatch: pytest.MonkeyPatch, M: int, K: int, R: int, rows: int, splits: int
+) -> None:
     monkeypatch.setattr(plain_panel, "processors", lambda device: 132)
-    plain_panel.splits_of.cache_clear()
-    assert plain_panel.splits_of(torch.device("cpu"), plain_panel._TILE, M, K, R) == splits
-    plain_panel.splits_of.cache_clear()
+    plain_panel.layout_of.cache_clear()
+    tile, found = plain_panel.layout_of(torch.device("cuda"), M, K, R)
+    assert (tile.block_m, found) == (rows, splits)
+    plain_panel.layout_of.cache_clear()
 
 
 def refused(device: str) -> dict[str, tuple[Tensor, Tensor]]:
