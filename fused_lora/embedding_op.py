@@ -20,6 +20,7 @@ from .ops import (
     module_of,
     once_differentiable,
     register,
+    repeated,
     without_autocast,
 )
 from .reference import in_dtype
@@ -55,8 +56,13 @@ def _fake_forward(indices: Tensor, weight: Tensor, lora_A: Tensor, *arguments: A
 def _grad_panels(
     dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    module = module_of("grad_panels", choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape))
-    dyb, db = module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
+    choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape)
+    module = module_of("grad_panels", choice)
+
+    def call() -> tuple[Tensor | None, Tensor | None]:
+        return module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)  # type: ignore[no-any-return]
+
+    dyb, db = repeated(choice, (dy, lora_B, xa), ("grad_panels", choice.path, scaling, dtype), call)
     return dy.new_empty(0) if dyb is None else dyb, dy.new_empty(0) if db is None else db
 
 

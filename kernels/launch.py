@@ -104,7 +104,10 @@ class Recorder(Protocol):
 
 
 class _Thread(threading.local):
+    """recorder: of this thread's launches. has_context: whether a CUDA context was made current on it."""
+
     recorder: Recorder | None = None
+    has_context = False
 
 
 thread = _Thread()
@@ -130,6 +133,17 @@ def launch_again(plan: Plan, given: Sequence[Tensor | None], descriptors: Sequen
         plan.launch([*(None if tensor is None else tensor.data_ptr() for tensor in given), *descriptors])
 
 
+def need_context() -> None:
+    """Makes a CUDA context current, without which no descriptor can be encoded.
+
+    On a thread of autograd's, or of a server's, nothing may have done so yet; Triton does before a launch, too late.
+    """
+    if not thread.has_context:
+        if torch.cuda.is_available():
+            torch.cuda.mem_get_info()
+        thread.has_context = True
+
+
 class Pointer:
     """To a `Described` what a tensor is."""
 
@@ -152,6 +166,7 @@ class Described:
     __slots__ = ("base", "shape", "strides")
 
     def __init__(self, tensor: Tensor | Pointer, shape: Sequence[int], strides: Sequence[int]) -> None:
+        need_context()
         self.base, self.shape, self.strides = tensor, shape, strides
 
 
@@ -225,6 +240,8 @@ def launch(
         return
     if thread.recorder is not None:
         thread.recorder.repeatable = False
+    if descriptors:
+        need_context()
     named = {name: TensorDescriptor.from_tensor(*described) for name, described in descriptors.items()}
     if plan is not None:
         plan.launch_watched([*tensors.values(), *made.values(), *named.values()])

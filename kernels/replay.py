@@ -192,14 +192,18 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first element and past its last one."""
+    first = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return first, first
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
 def _overlap(tensors: Sequence[Tensor | None]) -> bool:
     """Whether two of them reach into one another."""
-    spans = []
-    for tensor in tensors:
-        if tensor is not None and tensor.numel() > 0:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
-    spans.sort()
+    spans = sorted(_span(tensor) for tensor in tensors if tensor is not None and tensor.numel() > 0)
     return any(start < end for (_, end), (start, _) in pairwise(spans))
 
 
@@ -209,7 +213,6 @@ class Recording(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.given = given
-        self.starts = {t.data_ptr(): value for value, t in enumerate(given) if t is not None and t.numel() > 0}
         self.events: list[_Event] = []
         self.live: dict[int, _Live] = {}
         self.values = len(given)
@@ -262,8 +265,14 @@ class Recording(TorchDispatchMode):
         for value, live in self.live.items():
             if live.storage_pointer == storage_pointer or live.pointer == pointer:
                 return _Address(value, pointer - live.pointer)
-        given = self.starts.get(pointer)
-        return None if given is None else _Address(given, 0)
+        end = _span(tensor)[1]
+        for value, given in enumerate(self.given):
+            if given is not None:
+                first, last = _span(given)
+                # Between the elements of one with gaps lies what is not its own.
+                if end <= last and (pointer == first or (first < pointer and given.is_contiguous())):
+                    return _Address(value, pointer - first)
+        return None
 
     def _view(self, tensor: Tensor) -> _View | None:
         at = self._address(tensor)

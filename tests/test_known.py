@@ -24,7 +24,6 @@ from fused_lora.kernels import lookup, replay
 from fused_lora.kernels.config import SAFE
 from fused_lora.reference import Dropout
 
-
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels run in the interpreter; on a GPU test_replay.py has real recordings"
 )

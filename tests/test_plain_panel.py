@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
 from fused_lora import fused
-from fused_lora.kernels import config, plain_panel
+from fused_lora.kernels import config, launch, plain_panel
 from fused_lora.kernels.flags import flags_for
 
 SIZES = [(1, 16, 16), (33, 48, 8), (50, 96, 64), (17, 160, 40), (100, 528, 136), (300, 64, 128), (256, 1024, 16)]
@@ -140,3 +143,52 @@ def test_what_a_profiler_is_told() -> None:
     arguments: dict[str, Any] = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": panel, "I": 64}
     work = plain_panel._work(None, None, arguments)
     assert work == {"name": "plain_panel", "flops16": 2 * 8 * 64 * 4, "bytes": 2 * (8 * 64 + 4 * 64 + 8 * 4)}
+
+
+COLD = """
+import threading, torch
+from fused_lora.kernels.plain_panel import plain_panel
+left, factor = torch.randn(64, 256, device="cuda").half(), torch.randn(256, 16, device="cuda").half()
+torch.cuda.synchronize()
+found = []
+
+def launch():
+    found.append(plain_panel(left, factor, 1.0))
+
+def capture():
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    graph.replay()
+
+for call in (launch, capture):
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+torch.cuda.synchronize()
+assert len(found) == 2 and torch.equal(*found)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+def test_a_thread_may_begin_with_it_and_capture_it() -> None:
+    """A descriptor needs a context, which nothing has made current on a thread of autograd's or of a server's."""
+    run = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_each_thread_makes_a_context_current_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(threading.get_ident()))
+
+    def describe() -> None:
+        for _ in range(2):
+            launch.Described(torch.empty(2, 8), (2, 8), (8, 1))
+
+    threads = [threading.Thread(target=describe) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert len(asked) == 2

@@ -378,20 +378,47 @@ def test_products_of_torch_are_repeated(kernel: Compiled, mode: Callable[[], Abs
     assert calls == 2 and isinstance(*replay._programs.values(), Program)
 
 
-@pytest.mark.parametrize(
-    "operand",
-    [lambda x: OUTSIDE, lambda x: x[:, 1:9], lambda x: x.view(torch.float16).view(torch.float32)[:, :8]],
-    ids=["from outside", "a part of what is given", "given"],
-)
-def test_a_product_of_what_cannot_be_found_again_is_not_repeated(
-    kernel: Compiled, operand: Callable[[Tensor], Tensor]
-) -> None:
-    for _ in range(4):
-        x = some(4, 9)
-        (found,) = replayed((x,), (), lambda x=x: (torch.mm(operand(x).t(), x),))
-        assert found is not None and torch.equal(found, operand(x).t() @ x)
-    given = operand(x).data_ptr() == x.data_ptr()
-    assert isinstance(*replay._programs.values(), Program) == given
+# What is given, of something larger; what is read; and whether that can be found again.
+PARTS = {
+    "from outside": (lambda whole: whole[:4], lambda whole: OUTSIDE, False),
+    "given": (lambda whole: whole[:4], lambda whole: whole[:4].view(torch.float16).view(torch.float32)[:, :8], True),
+    "columns": (lambda whole: whole[:4], lambda whole: whole[:4, 1:9], True),
+    "rows": (lambda whole: whole[:8], lambda whole: whole[2:6], True),
+    "the last of it": (lambda whole: whole[:4], lambda whole: whole[:4, 8:], True),
+    "what begins within": (lambda whole: whole[:4], lambda whole: whole[2:6], False),
+    "what begins as it": (lambda whole: whole[:4], lambda whole: whole[:5], False),
+    "what lies before": (lambda whole: whole[1:5], lambda whole: whole[:4], False),
+    "columns of columns": (lambda whole: whole[:4, :7], lambda whole: whole[:4, 1:5], False),
+    "between its columns": (lambda whole: whole[:4, :7], lambda whole: whole[:3, 7:], False),
+    "columns where it begins": (lambda whole: whole[:4, :7], lambda whole: whole[:4, :3], True),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_product_of_what_cannot_be_found_again_is_not_repeated(kernel: Compiled, case: str) -> None:
+    """What is read of something larger is elsewhere the next time, as seen from what is given of it."""
+    given, read, repeated = PARTS[case]
+    for number in range(5):
+        whole = some(9, 9)
+        x, operand = given(whole), read(whole)
+        if not repeated and number > 2:
+            operand = operand.clone()
+        (found,) = replayed((x,), (), lambda x=x, operand=operand: (torch.mm(operand.t(), operand),))
+        assert found is not None and torch.equal(found, operand.t() @ operand)
+    assert isinstance(*replay._programs.values(), Program) == repeated
+
+
+def test_a_launch_may_read_a_part_of_what_is_given(kernel: Compiled) -> None:
+    def of_the_later_rows(x: Tensor) -> tuple[Tensor]:
+        sums = x.new_empty(2, 8)
+        add(kernel, x[2:], x[1:3], sums, 2.0, described=True)
+        return (sums,)
+
+    for _ in range(5):
+        x = some(4, 8)
+        (sums,) = replayed((x,), (), lambda x=x: of_the_later_rows(x))
+        assert sums is not None and torch.equal(sums, 2 * x[2:] + x[1:3])
+    assert kernel.runs == 5 and isinstance(*replay._programs.values(), Program)
 
 
 def test_a_product_of_numbers_read_as_others_is_not_repeated(kernel: Compiled) -> None:
@@ -497,3 +524,35 @@ def test_the_same_bits_as_from_the_start(
     # And the last steps launch what an earlier one at the same addresses has made ready.
     launches = {event for program in programs for event in program.events if isinstance(event, replay._Launch)}
     assert {key[0] for key, ready in replay._ready.items() if ready is not None} == launches
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+@pytest.mark.parametrize("path", ["triton", "unfused", "decode"])
+@pytest.mark.parametrize("kind", ["slices", "lookups"])
+@pytest.mark.parametrize("rows", [16, 300])
+def test_the_same_bits_of_slices_and_lookups(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, path: Any) -> None:
+    """Which read columns of what they are given."""
+    options: Any = {"device": "cuda", "dtype": torch.bfloat16}
+    layer: Any = fused_lora.Embedding(1000, 512, r=16, **options)
+    if kind == "slices":
+        layer = fused_lora.MergedLinear(512, 768, r=16, enable_lora=[True, False, True], lora_dropout=0.1, **options)
+    torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
+
+    def step(number: int) -> list[Tensor]:
+        torch.manual_seed(number)
+        x = torch.randn(rows, 512, device="cuda").bfloat16().requires_grad_()
+        with fused_lora.use_backend(path):
+            y = layer(torch.randint(1000, (rows,), device="cuda") if kind == "lookups" else x)
+        wanted = (layer.lora_A, layer.lora_B) if kind == "lookups" else (x, layer.lora_A, layer.lora_B)
+        return [t.cpu() for t in (y, *torch.autograd.grad(y, wanted, torch.randn_like(y)))]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "replayed", lambda given, facts, call, keep: call())
+        expected = [step(number) for number in range(7)]
+    monkeypatch.setattr(replay, "_programs", OrderedDict())
+    for number, theirs in enumerate(expected):
+        assert all(torch.equal(one, other) for one, other in zip(step(number), theirs, strict=True))
+    programs = list(replay._programs.values())
+    # Slices put together by torch are not repeated.
+    assert programs and (Program in map(type, programs) or path == "unfused")
