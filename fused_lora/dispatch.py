@@ -75,7 +75,8 @@ def _checked(name: str, source: str) -> Backend:
 def use_backend(backend: Backend) -> Iterator[None]:
     """Within the block, and in the backward of what it computes, every layer of the process takes the given path.
 
-    backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for masks),
+    backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for panels and
+        masks),
         "decode" (one kernel for a linear layer's forward, and for its backward to x), or "auto". All but linear layers
         take "unfused" as "triton"; "decode" is that wherever else. Raises where the kernels cannot run but must.
     Raises ValueError for any other name.

@@ -16,6 +16,7 @@ from .ops import (
     differentiates,
     direct,
     direct_apply,
+    direct_gradients,
     make_differentiable,
     module_of,
     once_differentiable,
@@ -116,7 +117,8 @@ class _LoRAEmbedding(torch.autograd.Function):
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
         dw = da = db = None
         if wants_da or wants_db:
-            panels = _grad_panels if direct(dy, lora_B, xa) else torch.ops.fused_lora.lora_embedding_grad_panels
+            unwatched = direct_gradients(dy, lora_B, xa)
+            panels = _grad_panels if unwatched else torch.ops.fused_lora.lora_embedding_grad_panels
             dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
         if wants_da:
             # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs

@@ -55,10 +55,10 @@ def lora_linear(
     The definition is that of Hu et al. 2021 (arXiv:2106.09685) and of loralib's Linear and MergedLinear.
     """
     drops, trains = training and 0.0 < dropout_p < 1.0, differentiates(x, weight, bias, lora_A, lora_B)
-    key = None
+    key, backend = None, requested_backend()
     if not isinstance(seed, Tensor) and (trains or not drops):
-        numbers = scaling, training, dropout_p, row_offset, column_offset, fan_in_fan_out, *enable_lora
-        key = repeat.key_of(x, weight, bias, lora_A, lora_B, trains, numbers)
+        numbers, flags = (scaling, dropout_p, row_offset, column_offset), (training, fan_in_fan_out, *enable_lora)
+        key = repeat.key_of(x, weight, bias, lora_A, lora_B, backend, trains, numbers, flags)
         again = repeat.call_of(key)
         if again is not None:
             given = x, weight, bias, lora_A, lora_B
@@ -66,7 +66,6 @@ def lora_linear(
     if fan_in_fan_out and weight.dim() == 2:
         weight = weight.T
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, enable_lora)
-    backend = requested_backend()
     if lora_A.shape[0] == 0:
         if backend != BATCH_INVARIANT:
             return F.linear(x, weight, bias)
@@ -82,7 +81,7 @@ def lora_linear(
     drawn = None if dropout_p == 0 else _seed_tensor(seed, x.device)
     if key is None or not trains:
         y = linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest)
-        repeat.remember(key, x, weight, bias, lora_A, lora_B, scaling, enable_lora)
+        repeat.remember(key, x, weight, bias, lora_A, lora_B, scaling, enable_lora, backend)
         return y
     keep = repeat.keeper(key, fan_in_fan_out, slices, rest)
     return linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest, keep=keep)
@@ -163,7 +162,8 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
 
     Raises ValueError or TypeError, naming the argument. The definition is that of loralib's layers.
     """
-    key = repeat.weight_key_of(weight, lora_A, lora_B, scaling)
+    backend = requested_backend()
+    key = repeat.weight_key_of(weight, lora_A, lora_B, scaling, backend)
     again = repeat.call_of(key)
     if again is not None:
         return weight_op.computed(again, weight, lora_A, lora_B, scaling, "")
@@ -178,8 +178,8 @@ def effective_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling:
         )
     _check_factors(weight, lora_A, lora_B, (columns, rows))
     _check_scaling(scaling)
-    effective = weight_op.lora_effective_weight(weight, lora_A, lora_B, float(scaling), requested_backend())
-    repeat.remember_weight(key, weight, lora_A, lora_B, scaling)
+    effective = weight_op.lora_effective_weight(weight, lora_A, lora_B, float(scaling), backend)
+    repeat.remember_weight(key, weight, lora_A, lora_B, scaling, backend)
     return effective
 
 

@@ -118,7 +118,8 @@ def _masked_forward(
         return _FEW_DECODED_ROWS
     if ranks > _DECODED_RANKS:
         hidden = out_features >= _HIDING_OUTPUTS and rows * in_features <= _HIDDEN_MASK
-        hidden = hidden or (rows >= _FEWEST_DRAWN_ROWS and rows * out_features <= _FEWER_OUTPUTS)
+        several = _FEWEST_DRAWN_ROWS <= rows <= _FEW_DRAWN_ROWS
+        hidden = hidden or (several and rows * out_features <= _FEWER_OUTPUTS)
         if ranks <= _MOST_DRAWN_RANKS and hidden:
             return _FEW_DECODED_ROWS
     elif rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from .ops import (
     differentiates,
     direct,
     direct_apply,
+    direct_gradients,
     here,
     lib,
     make_differentiable,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # Of one kind of forward: gradients that lie otherwise than y come in few ways.
-_MOST_BACKWARDS = 16
+_MOST_BACKWARDS = 4
 
 _FORWARD_ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, bool[] enable_lora, "
@@ -268,9 +270,10 @@ class _LoRALinear(torch.autograd.Function):
         saved = x, weight, lora_A, lora_B, xa, bits = ctx.saved_tensors
         wants_dx, wants_dw, wants_dbias, wants_da, wants_db = ctx.needs_input_grad[:5]
         dx, dw, dbias, da, db = None, None, None, None, None
-        watched = ctx.known is None or not direct(dy, *saved)
+        watched = ctx.known is None or not direct_gradients(dy, *saved)
         if len(ctx.shape) != 2:
-            dy, x = dy.flatten(0, -2), None if x is None else x.flatten(0, -2)
+            # Gradients that are batched cannot be flattened by that name.
+            dy, x = dy.reshape(prod(dy.shape[:-1]), dy.shape[-1]), None if x is None else x.flatten(0, -2)
         if wants_dx or wants_da or wants_db:
             given = dy, x if wants_da else None, weight, lora_A, lora_B, xa, bits
             if watched:

@@ -78,6 +78,11 @@ def direct(*tensors: Tensor | None) -> bool:
     return True
 
 
+def direct_gradients(dy: Tensor, *saved: Tensor | None) -> bool:
+    """The same of a backward, whose gradient may be a batch of them (is_grads_batched), which has no memory."""
+    return direct(dy, *saved) and not torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """function.apply where `direct` holds: without a look at functorch's transforms, of which there are none."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]

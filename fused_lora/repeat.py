@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import linear_op
-from .dispatch import choose, counted, requested_backend
+from .dispatch import choose, counted
 from .kernels.lookup import instrumentation, tiles_in_force, watched
 from .linear_choice import choose_forward
 from .ops import direct, here
@@ -34,24 +34,30 @@ def key_of(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
+    backend: str,
     trains: bool,
-    numbers: tuple[Hashable, ...],
+    numbers: tuple[float, float, int, int],
+    flags: tuple[bool, ...],
 ) -> Hashable:
     """What determines how y is computed; None where more does.
 
-    trains: whether y will be differentiated. numbers: scaling, and all else that is no tensor.
+    backend: as requested. trains: whether y will be differentiated. numbers: scaling, dropout_p and both offsets.
+    flags: all else that is no tensor.
     """
     # Dynamo, which is told by `direct`, cannot trace what follows it.
     if not direct(x, weight, bias, lora_A, lora_B):
         return None
-    if type(numbers[0]) is not float or not here(x) or counted() or torch._C._is_any_autocast_enabled():
+    if not here(x) or counted() or torch._C._is_any_autocast_enabled():
+        return None
+    # A tensor among them is found by what it is, not by what it holds.
+    if type(numbers[0]) is not float or any(type(number) not in (int, float) for number in numbers[1:]):
         return None
     if trains and (x.dtype.itemsize != 2 or watched() or tiles_in_force()):
         return None
     if trains and not (x.dim() == 2 or (x.dim() > 2 and x.is_contiguous())):
         return None
     return (
-        requested_backend(), trains, *numbers, instrumentation(),
+        backend, trains, *numbers, *flags, instrumentation(),
         x.dtype, x.shape, x.stride(), x.get_device(), x.data_ptr() % 16,
         weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
         lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
@@ -60,14 +66,14 @@ def key_of(
     )  # fmt: skip
 
 
-def weight_key_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Hashable:
-    """What determines how an effective weight is computed; None where more does."""
+def weight_key_of(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Hashable:
+    """What determines how an effective weight is computed; None where more does. backend: as requested."""
     if not direct(weight, lora_A, lora_B):
         return None
     if type(scaling) is not float or not here(weight) or counted() or tiles_in_force():
         return None
     return (
-        scaling, requested_backend(), instrumentation(),
+        scaling, backend, instrumentation(),
         weight.dtype, weight.shape, weight.stride(), weight.get_device(), weight.data_ptr() % 16,
         lora_A.dtype, lora_A.shape, lora_A.stride(), lora_A.get_device(), lora_A.data_ptr() % 16,
         lora_B.dtype, lora_B.shape, lora_B.stride(), lora_B.get_device(), lora_B.data_ptr() % 16,
@@ -110,12 +116,13 @@ def remember(
     lora_B: Tensor,
     scaling: float,
     enable_lora: Sequence[bool],
+    backend: str,
 ) -> None:
-    """To be called once these were computed without gradients or a mask; weight [N, K]."""
+    """To be called once these were computed without gradients or a mask; weight [N, K]. backend: as requested."""
     if key is None or key in _calls:
         return
     call: Call | None = None
-    path = _path(x, weight, lora_A, enable_lora)
+    path = _path(x, weight, lora_A, enable_lora, backend)
     if path == "decode":
         from . import decoding
 
@@ -127,12 +134,14 @@ def remember(
     _keep(key, call)
 
 
-def remember_weight(key: Hashable, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+def remember_weight(
+    key: Hashable, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
+) -> None:
     """To be called once an effective weight was computed of these."""
     if key is None or key in _calls:
         return
     call = None
-    if choose(requested_backend(), weight.device, weight.dtype, lora_A.dtype).path != "reference":
+    if choose(backend, weight.device, weight.dtype, lora_A.dtype).path != "reference":
         from .kernels import low_rank_update
 
         call = low_rank_update.effective_weight_again(weight, lora_A, lora_B, scaling)
@@ -145,12 +154,12 @@ def _keep(key: Hashable, call: Call | None) -> None:
         _calls.popitem(last=False)
 
 
-def _path(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Sequence[bool]) -> str | None:
+def _path(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Sequence[bool], backend: str) -> str | None:
     """Which path computed them; None where that alone does not tell how."""
     # A float32 product also depends on a global flag, and rows that are no matrix would be copied first.
     if x.dtype.itemsize != 2 or x.dim() < 2 or x.numel() == 0 or not (x.dim() == 2 or x.is_contiguous()):
         return None
     if not all(type(enabled) is bool for enabled in enable_lora):
         return None
-    (N, K), what = weight.shape, (requested_backend(), x.device, x.dtype, lora_A.dtype)
+    (N, K), what = weight.shape, (backend, x.device, x.dtype, lora_A.dtype)
     return choose_forward(*what, x.numel() // K, K, N, ranks=len(lora_A), drops=False, trains=False).path

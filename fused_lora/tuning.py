@@ -22,10 +22,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from . import fused, reference
 from .dispatch import choose
 from .gpu_time import replay_times
-from .kernels import adapter_grad, fused_linear
+from .kernels import adapter_grad, fused_linear, panel
 from .kernels.config import AdapterGradTile, LinearTile, PanelTile, Tiles, capability, rank_block
 from .kernels.lookup import table_of, use_tiles
-from .kernels.panel import panel
 from .kernels.tiles_file import LEAST_BLOCKS, read_tiles
 from .reference import Dropout, dropout_threshold
 
@@ -174,12 +173,17 @@ class _Layer:
         )
 
     def results(self, module: ModuleType, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, ...]:
-        """y, xa, dx, da, db and, with dropout, the bits of the mask, computed by fused or reference in dtype."""
+        """y, xa, dx, da, db, and the bits of the mask or, without, both panels; by fused or reference in dtype."""
         x, dy, weight, A, B = (t.to(dtype) for t in (self.x, self.dy, self.weight, self.lora_A, self.lora_B))
         y, xa, bits = module.forward(x, weight, None, A, B, scaling=1.0, dropout=dropout)
         options = {"bits": bits, "scaling": 1.0, "dtype": dtype, "enable_lora": (True,)}
         gradients = module.backward(dy, x, weight, A, B, xa, **options)
-        return y, xa, *gradients, *([] if bits is None else [bits])
+        if bits is not None:
+            return y, xa, *gradients, bits
+        # Where the copy engine reads them, the layer's panels are another kernel's.
+        panels = [(x, A.T, 1.0), (dy, B, 1.0)]
+        alone = [reference.product(*of) if module is reference else panel.panel(*of)[0] for of in panels]
+        return y, xa, *gradients, *alone
 
     def run(self, kernel: Kernel) -> None:
         """One kernel's share of a step without dropout and of one with, whatever the two do not share."""
@@ -190,11 +194,11 @@ class _Layer:
             for mask in (None, bits):
                 fused_linear.grad_input(dy, self.weight, self.dyb, self.lora_A, mask)
         elif kernel == "drawn_panel":
-            panel(x, self.lora_A.T, 1.0, self.dropout)
+            panel.panel(x, self.lora_A.T, 1.0, self.dropout)
         elif kernel == "panel":
-            panel(x, self.lora_A.T, 1.0)
+            panel.panel(x, self.lora_A.T, 1.0)
             if not fused_rank:
-                panel(dy, self.lora_B, 1.0)
+                panel.panel(dy, self.lora_B, 1.0)
         elif kernel == "adapter_grad":
             adapter_grad.grad_panels(dy, self.lora_B if fused_rank else None, self.xa, 1.0, dtype)
             adapter_grad.grad_lora_A(self.dyb, x, None, dtype)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,19 +48,23 @@ def tiles_in_force() -> bool:
     return _in_force is not None
 
 
+def _knobs(kind: str) -> Any:
+    """Triton's of this kind; None where nobody has imported them, or another thread is about to."""
+    return getattr(sys.modules.get("triton.knobs"), kind, None)
+
+
 def instrumentation() -> str:
     """How Triton instruments what it compiles now, as its sanitizers and its profiler ask; "" where it does not."""
-    # Without Triton, which not everybody who asks imports, nothing was compiled.
-    knobs = sys.modules.get("triton.knobs")
-    return "" if knobs is None else knobs.compilation.instrumentation_mode
+    compilation = _knobs("compilation")
+    return "" if compilation is None else compilation.instrumentation_mode  # type: ignore[no-any-return]
 
 
 def watched() -> bool:
     """Whether somebody, such as Triton's profiler, has hooks that are called at each launch."""
-    knobs = sys.modules.get("triton.knobs")
-    if knobs is None:
+    runtime = _knobs("runtime")
+    if runtime is None:
         return False
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._accumulate import accumulate
-from .config import processors, rank_block
+from .config import capability, processors, rank_block
 from .flags import flags_for
 from .launch import cdiv, describable, input_precision, launch, stated_work, strides
 from .lookup import tiles_for
@@ -43,12 +43,15 @@ class PlainPanelTile:
         return min(rank_block(ranks), self.most_ranks)
 
 
-# Of many rows, and of few, which would leave the first to few programs.
+# Of many rows, and of few, which would leave the first to too few programs.
 _TILES = (
     PlainPanelTile(64, 128, 64, num_warps=4, num_stages=6, at_once=1, step=0.14, step_of_rank=0.0002),
     PlainPanelTile(32, 64, 64, num_warps=4, num_stages=6, at_once=3, step=0.16, step_of_rank=0.0018),
 )
 _INTERPRETED = (PlainPanelTile(16, 64, 16, num_warps=4, num_stages=1, at_once=1, step=1.0, step_of_rank=0.0),)
+_COMPILED_FOR = (90, 100)
+# Rows are counted in 32 bits.
+_MOST_ROWS = 2**31 - 64
 # Into how many parts a contraction may be divided; each is a kernel of its own.
 _SPLITS = (1, 2, 4, 8, 16)
 
@@ -134,6 +137,11 @@ def takes(left: Tensor, factor: Tensor) -> bool:
     return (
         left.numel() * factor.numel() > 0
         and left.dtype == factor.dtype
+        # The tables that a tuner makes say nothing of the shared memory that these tiles need.
+        and (not left.is_cuda or capability(left.device) in _COMPILED_FOR)
+        and len(left) <= _MOST_ROWS
+        and left.dtype.itemsize == 2
+        and left.shape[1] % 16 == 0
         and tiles_for(left.device, left.dtype, left.shape[1]).linear.descriptors
         and describable(left)
         and describable(factor if factor.stride(1) == 1 else factor.T)

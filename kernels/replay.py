@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import le
 from typing import Any
 
 import torch
@@ -201,6 +202,14 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return first, first + (last + 1) * tensor.element_size()
 
 
+def _within(tensor: Tensor, given: Tensor) -> bool:
+    """Whether a tensor that begins where a given one does has no elements but the other's: its first ones, or its T."""
+    for whole in (given, given.T) if given.dim() == 2 else (given,):
+        if tensor.stride() == whole.stride() and all(map(le, tensor.shape, whole.shape)):
+            return True
+    return False
+
+
 def _overlap(tensors: Sequence[Tensor | None]) -> bool:
     """Whether two of them reach into one another."""
     spans = sorted(_span(tensor) for tensor in tensors if tensor is not None and tensor.numel() > 0)
@@ -262,7 +271,8 @@ class Recording(TorchDispatchMode):
         pointer, storage_pointer = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
         if pointer == 0:
             return None
-        for value, live in self.live.items():
+        # The newest first, since two launches on one stream count in the same words, each in as many as it asked for.
+        for value, live in reversed(self.live.items()):
             if live.storage_pointer == storage_pointer or live.pointer == pointer:
                 return _Address(value, pointer - live.pointer)
         end = _span(tensor)[1]
@@ -270,7 +280,8 @@ class Recording(TorchDispatchMode):
             if given is not None:
                 first, last = _span(given)
                 # Between the elements of one with gaps lies what is not its own.
-                if end <= last and (pointer == first or (first < pointer and given.is_contiguous())):
+                whole = given.is_contiguous() or (pointer == first and _within(tensor, given))
+                if first <= pointer and end <= last and whole:
                     return _Address(value, pointer - first)
         return None
 

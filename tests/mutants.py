@@ -41,6 +41,7 @@ EMBEDDING = "fused_lora/embedding.py"
 STATE = "fused_lora/state.py"
 ADAPTER_FILE = "fused_lora/adapter_file.py"
 FUNCTIONAL = "fused_lora/functional.py"
+TUNING = "fused_lora/tuning.py"
 UNFUSED = "fused_lora/unfused.py"
 MASKS = "kernels/mask.py"
 DECODE = "kernels/decode.py"
@@ -48,6 +49,7 @@ DECODE_TILES = "kernels/decode_tiles.py"
 DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
 OWN_PANEL = "kernels/own_panel.py"
+PLAIN_PANEL = "kernels/plain_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
 NARROW = "kernels/narrow.py"
 REPLAY = "kernels/replay.py"
@@ -104,6 +106,9 @@ REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
+UNMASKED = ("tests/test_plain_panel.py", "-k", "not against_float64 or 50")
+KNOWN = ("tests/test_known.py",)
+BATCHES = ("tests/test_direct.py", "-k", "batch")
 CHOICE = ("tests/test_dispatch.py",)
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
@@ -148,24 +153,24 @@ MUTANTS = (
     Mutant(
         "a launch that no recorder sees",
         LAUNCH,
-        "        thread.recorder.repeatable = False\n    named",
-        "        pass\n    named",
+        "        thread.recorder.repeatable = False\n    if descriptors",
+        "        pass\n    if descriptors",
         RECORDED,
     ),
     Mutant("repeated in spite of torch's operations", REPLAY, "elif not func.is_view", "elif False", RECORDED),
     Mutant("one of two tensors at an address", REPLAY, "not _overlap(given)", "True", RECORDED),
     Mutant("tensors as long as their rows", REPLAY, "(size - 1) * stride", "stride", RECORDED),
     Mutant("a conversion that is not repeated", REPLAY, "    torch.ops.aten.to.dtype: Tensor.to,\n", "", RECORDED),
-    Mutant("repeated while Triton instruments", REPLAY, "(facts, instrumentation(), *", "(facts, *", RECORDED),
+    Mutant("repeated while Triton instruments", REPLAY, "(instrumentation(), *kinds)", "tuple(kinds)", RECORDED),
     Mutant(
         "launched while Triton instruments", LAUNCH, "facts, instrumentation()]", "facts]", ("tests/test_launch.py",)
     ),
-    Mutant("called while Triton instruments", REPEAT, "(enable_lora), instrumentation(),", "(enable_lora),", AGAIN),
+    Mutant("called while Triton instruments", REPEAT, "*flags, instrumentation(),", "*flags,", AGAIN),
     Mutant(
         "merged while Triton instruments",
         REPEAT,
-        "requested_backend(), instrumentation(),",
-        "requested_backend(),",
+        "scaling, backend, instrumentation(),",
+        "scaling, backend,",
         AGAIN,
     ),
     Mutant(
@@ -196,9 +201,9 @@ MUTANTS = (
     ),
     Mutant("a view at the storage's start", REPLAY, "value.storage_offset() + self.offset", "self.offset", RECORDED),
     Mutant("numbers read as others", REPLAY, "if tensor.dtype != kind[0]:", "if False:", RECORDED),
-    Mutant("made ready for any stream", REPLAY, "plan.stream_of(plan.device), *pointers", "*pointers", RECORDED),
+    Mutant("made ready for any stream", REPLAY, "key = (self, stream, *pointers)", "key = (self, *pointers)", RECORDED),
     Mutant(
-        "made ready for any addresses", REPLAY, "(plan.device), *pointers)", "(plan.device), *pointers[1:])", RECORDED
+        "made ready for any addresses", REPLAY, "(self, stream, *pointers)", "(self, stream, *pointers[1:])", RECORDED
     ),
     Mutant("made ready for ever", REPLAY, "len(_ready) > _MOST_READY", "False", RECORDED),
     Mutant(
@@ -279,8 +284,8 @@ MUTANTS = (
     Mutant(
         "one launch kept from few rows",
         LINEAR_CHOICE,
-        "decodes and busy else choice",
-        "False else choice",
+        "    if decodes and busy:\n",
+        "    if decodes and busy and rows > _DECODED:\n",
         ONE_LAUNCH_PATH,
     ),
     Mutant(
@@ -298,24 +303,26 @@ MUTANTS = (
     Mutant("small tiles for masks of any rows", PANEL, "2 * cdiv(M, tile.block_m)", "cdiv(0, tile.block_m)", TABLES),
     Mutant("small tiles in spite of a table", PANEL, " and tiles is HOPPER", "", TABLES),
     Mutant(
-        "xa by cuBLAS unscaled",
+        "xa of many ranks unscaled",
         FUSED,
-        "lora_A, x.dtype).t(), scaling), None",
-        "lora_A, x.dtype).t(), 1.02 * scaling), None",
+        "undrawn_panel(x, lora_A.t(), scaling)",
+        "undrawn_panel(x, lora_A.t(), 1.02 * scaling)",
         MANY_RANKS,
     ),
-    Mutant("masked xa by cuBLAS unscaled", FUSED, "scaling / dropout.keep_probability", "scaling", MANY_RANKS),
-    Mutant("masked xa by cuBLAS without its mask", FUSED, "product(dropped,", "product(x,", MANY_RANKS),
-    Mutant("dyb by cuBLAS unscaled", FUSED, "dy.dtype), scaling, xa)", "dy.dtype), 1.02 * scaling, xa)", MANY_RANKS),
+    Mutant("masked xa of many ranks unscaled", FUSED, "scaling / dropout.keep_probability", "scaling", MANY_RANKS),
+    Mutant("masked xa of many ranks without its mask", FUSED, "undrawn_panel(dropped,", "undrawn_panel(x,", MANY_RANKS),
+    Mutant(
+        "dyb of many ranks unscaled", FUSED, "(dy, lora_B, scaling, xa)", "(dy, lora_B, 1.02 * scaling, xa)", MANY_RANKS
+    ),
     Mutant("few rows without their mask", FUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", MANY_RANKS),
-    Mutant("any rows in one launch", FUSED, "by_cublas and len(dy) <= scaled(", "by_cublas and 0 <= scaled(", BESIDE),
+    Mutant("any rows in one launch", FUSED, "by_itself and len(dy) <= scaled(", "by_itself and 0 <= scaled(", BESIDE),
     Mutant("few masked rows divided", ADAPTER, "        programs = 1\n", "        pass\n", BESIDE),
     Mutant("few unfused rows without their mask", UNFUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", UNFUSED_HALF),
     Mutant(
         "few unfused rows unscaled",
         UNFUSED,
-        "None, product(dy, in_dtype(lora_B, dy.dtype), scaling, xa)",
-        "None, product(dy, in_dtype(lora_B, dy.dtype), 1.02 * scaling, xa)",
+        "dx, dyb = None, undrawn_panel(dy, lora_B, scaling, xa)",
+        "dx, dyb = None, undrawn_panel(dy, lora_B, 1.02 * scaling, xa)",
         UNFUSED_HALF,
     ),
     Mutant(
@@ -325,7 +332,7 @@ MUTANTS = (
         "add_kept_(dx.addmm_(dyb, in_dtype(lora_A, dy.dtype)), 0 * dyb, lora_A, bits, None)",
         UNFUSED_HALF,
     ),
-    Mutant("repeated with other numbers", REPLAY, "key = (facts, instr", "key = (instr", RECORDED),
+    Mutant("repeated with other numbers", REPLAY, "key = (facts, *kinds_of(given))", "key = kinds_of(given)", RECORDED),
     Mutant("repeated at any alignment", REPLAY, ", t.data_ptr() % 16) for", ") for", RECORDED),
     Mutant("repeated for other shapes", REPLAY, "t.shape, t.stride(), t.get", "t.stride(), t.get", RECORDED),
     Mutant("memory that is never given back", REPLAY, "self.events.append(_Release(value))", "pass", RECORDED),
@@ -565,7 +572,7 @@ MUTANTS = (
         "product(dyb.t(), x, dtype)",
         UNFUSED_PATH,
     ),
-    Mutant("unfused scaling forgotten", UNFUSED, "x.dtype).t(), scaling)", "x.dtype).t(), 1.0)", UNFUSED_PATH),
+    Mutant("unfused scaling forgotten", UNFUSED, "lora_A.t(), scaling)", "lora_A.t(), 1.0)", UNFUSED_PATH),
     Mutant(
         "backward with another layer's mask",
         OPS,
@@ -807,16 +814,10 @@ MUTANTS = (
         "the last rows' gradients left out", FEW_ROWS, "range(0, M, BLOCK_M)", "range(0, M - BLOCK_M, BLOCK_M)", FEW
     ),
     Mutant("db of the wrong columns", FEW_ROWS, "tile - tiles_of_x, M, N", "tile, M, N", FEW),
-    Mutant(
-        "a call repeated with another scaling", REPEAT, "requested_backend(), scaling,", "requested_backend(),", AGAIN
-    ),
-    Mutant(
-        "a call repeated for another pattern", REPEAT, "fan_in_fan_out, tuple(enable_lora),", "fan_in_fan_out,", AGAIN
-    ),
+    Mutant("a call repeated with another scaling", REPEAT, "trains, *numbers,", "trains, *numbers[1:],", AGAIN),
+    Mutant("a call repeated for another pattern", FUNCTIONAL, "fan_in_fan_out, *enable_lora", "fan_in_fan_out", AGAIN),
     Mutant("a call repeated at any alignment", REPEAT, "x.get_device(), x.data_ptr() % 16,", "x.get_device(),", AGAIN),
-    Mutant(
-        "a call repeated on another backend", REPEAT, "        requested_backend(), scaling", "        scaling", AGAIN
-    ),
+    Mutant("a call repeated on another backend", REPEAT, "        backend, trains", "        trains", AGAIN),
     Mutant(
         "a call repeated under autocast",
         REPEAT,
@@ -824,13 +825,65 @@ MUTANTS = (
         "",
         AGAIN,
     ),
-    Mutant("a call repeated where paths are counted", REPEAT, "or not here(x) or counted()", "or not here(x)", AGAIN),
-    Mutant("a call repeated on another GPU", REPEAT, "or not here(x) or counted()", "or counted()", AGAIN),
+    Mutant("a call repeated where paths are counted", REPEAT, "not here(x) or counted()", "not here(x)", AGAIN),
+    Mutant("a call repeated on another GPU", REPEAT, "not here(x) or counted()", "counted()", AGAIN),
+    Mutant("a weight repeated with another scaling", REPEAT, "scaling, backend, instr", "backend, instr", AGAIN),
+    Mutant("a weight repeated on another backend", REPEAT, "scaling, backend, instr", "scaling, instr", AGAIN),
+    Mutant("a weight repeated with other tiles", REPEAT, "counted() or tiles_in_force()", "counted()", AGAIN),
+    Mutant("a step known by less", FUNCTIONAL, "row_offset, column_offset), (", "0, column_offset), (", KNOWN),
+    Mutant("a step known for any columns", FUNCTIONAL, "row_offset, column_offset), (", "row_offset, 0), (", KNOWN),
+    Mutant("a step known at any probability", FUNCTIONAL, "(scaling, dropout_p, row", "(scaling, 0.0, row", KNOWN),
+    Mutant("a step known however it is stored", FUNCTIONAL, "fan_in_fan_out, *enable", "*enable", KNOWN),
+    Mutant("a step known by another seed", FUNCTIONAL, "if not isinstance(seed, Tensor) and", "if", KNOWN),
     Mutant(
-        "a weight repeated with another scaling", REPEAT, "scaling, requested_backend(),", "requested_backend(),", AGAIN
+        "a step known by a tensor",
+        REPEAT,
+        " or any(type(number) not in (int, float) for number in numbers[1:])",
+        "",
+        KNOWN,
     ),
-    Mutant("a weight repeated on another backend", REPEAT, "scaling, requested_backend(),", "scaling,", AGAIN),
-    Mutant("a weight repeated with other tiles", REPEAT, " or tiles_in_force()", "", AGAIN),
+    Mutant("words of another launch", REPLAY, "in reversed(self.live.items())", "in self.live.items()", RECORDED),
+    Mutant(
+        "a batch of gradients without memory",
+        SHARED,
+        "direct(dy, *saved) and not",
+        "direct(dy, *saved) or not",
+        BATCHES,
+    ),
+    Mutant("a step known while hooks watch", REPEAT, " or watched()", "", KNOWN),
+    Mutant("a step known with other tiles", REPEAT, "watched() or tiles_in_force()", "watched()", KNOWN),
+    Mutant("a step known in float32", REPEAT, "x.dtype.itemsize != 2 or watched", "watched", KNOWN),
+    Mutant("a step known as it is not stored", REPEAT, "weight.T if fan_in_fan_out else weight", "weight", KNOWN),
+    Mutant("a step known where paths are counted", OPS, " or counted()", "", KNOWN),
+    Mutant(
+        "a backward known by less", OPS, "self.backwards.get(kinds)", "next(iter(self.backwards.values()), None)", KNOWN
+    ),
+    Mutant("backwards kept for ever", OPS, "if len(self.backwards) < _MOST_BACKWARDS:", "if True:", KNOWN),
+    Mutant("an output that is a view", OPS, "torch.ops.aten._unsafe_view(y, (", "torch.Tensor.view(y, (", KNOWN),
+    Mutant("rows copied on both ways", OPS, "x.dim() > 2 and x.is_contiguous()", "x.dim() > 2", KNOWN),
+    Mutant("a panel's parts unscaled", PLAIN_PANEL, "(acc * scale)", "acc", UNMASKED),
+    Mutant("a panel's part left out", PLAIN_PANEL, "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", UNMASKED),
+    Mutant("a panel's parts each the first", PLAIN_PANEL, "first = split * steps * BLOCK_I", "first = 0", UNMASKED),
+    Mutant("a panel's counts left", PLAIN_PANEL, "tl.store(arrived_ptr + tile, 0)", "pass", UNMASKED),
+    Mutant("a panel's rows past the last", PLAIN_PANEL, "(rows[:, None] < M) & ", "", UNMASKED),
+    Mutant("a panel by a factor of another dtype", PLAIN_PANEL, "and left.dtype == factor.dtype", "", UNMASKED),
+    Mutant("a panel of what cannot be read", PLAIN_PANEL, "and describable(left)\n", "", UNMASKED),
+    Mutant("a large panel not cuBLAS's", FUSED, "if not large and plain", "if plain", UNMASKED),
+    Mutant("a descriptor without a context", LAUNCH, "torch.cuda.mem_get_info()", "pass", UNMASKED),
+    Mutant(
+        "what lies between columns its own",
+        REPLAY,
+        "given.is_contiguous() or (pointer == first and _within(tensor, given))",
+        "True",
+        RECORDED,
+    ),
+    Mutant("what lies otherwise its own", REPLAY, "tensor.stride() == whole.stride() and all", "all", RECORDED),
+    Mutant("what reaches out its own", REPLAY, "pointer and end <= last and whole", "pointer and whole", RECORDED),
+    Mutant(
+        "a panel's parts in another order", PLAIN_PANEL, "+ s * (BLOCK_M", "+ (SPLITS - 1 - s) * (BLOCK_M", UNMASKED
+    ),
+    Mutant("a panel by another scaling's key", PLAIN_PANEL, "splits, scale, precision)", "splits, precision)", KEYS),
+    Mutant("a tile of panels not looked at", TUNING, "*gradients, *alone", "*gradients", TRIALS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 

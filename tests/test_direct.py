@@ -54,6 +54,25 @@ def test_a_second_backward_raises_on_every_direct_call(backend: str, device: str
             gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["matrix", "more dimensions", "lookups"])
+def test_a_batch_of_gradients_is_one_after_another(backend: str, device: str, kind: str, dtype: torch.dtype) -> None:
+    """As functional.jacobian(vectorize=True) asks for; they have a shape, and no memory."""
+    x = torch.randn(6, 16) if kind == "matrix" else torch.randn(2, 3, 16)
+    given = x, torch.randn(32, 16), torch.randn(4, 16), torch.randn(32, 4)
+    x, weight, lora_A, lora_B = (t.to(device, dtype).requires_grad_() for t in given)
+    if kind == "lookups":
+        indices = torch.tensor([[2, 0], [1, 1]], device=device)
+        y, wanted = functional.lora_embedding(indices, x[0].detach(), lora_A[:, :3], lora_B[:16]), [lora_A, lora_B]
+    else:
+        y, wanted = lora_linear(x, weight, lora_A, lora_B), [x, lora_A, lora_B]
+    dys = torch.randn(3, *y.shape, device=device).to(dtype)
+    found = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for number, dy in enumerate(dys):
+        for batch, one in zip(found, torch.autograd.grad(y, wanted, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(batch[number], one)
+
+
 def layers() -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
     """Whose adapter is not zero, and an input of each."""
     made = {

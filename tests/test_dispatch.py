@@ -266,6 +266,8 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (511, 4096, 1024, 128): "unfused",
         (512, 4096, 1024, 128): "decode",
         (512, 4096, 1040, 128): "unfused",
+        (1024, 4096, 512, 128): "decode",
+        (1040, 4096, 496, 128): "unfused",
         (512, 8192, 8192, 128): "triton",
         (1024, 8192, 8192, 65): "triton",
     }

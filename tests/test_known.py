@@ -82,6 +82,13 @@ def problem(**changed: Any) -> dict[str, Any]:
     return tensors | {"scaling": 0.5} | changed
 
 
+def square() -> dict[str, Any]:
+    """Between 32 and 32 features, so that its weight may lie either way."""
+    shapes = {"weight": (32, 32), "lora_B": (32, 4), "bias": (32,)}
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    return problem(**{name: t.requires_grad_(name != "weight") for name, t in tensors.items()})
+
+
 def trained(t: dict[str, Any], dy: Tensor | None = None) -> list[Tensor]:
     """y and what it was differentiated by, with a mask that depends on nothing but what is given."""
     torch.manual_seed(3)
@@ -110,7 +117,7 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
         x=torch.randn(2, 3, 32).bfloat16().requires_grad_(), dropout_p=0.5, training=True
     ),
     "not training": lambda: problem(dropout_p=0.5),
-    "stored transposed": lambda: problem(weight=torch.randn(32, 48).bfloat16(), fan_in_fan_out=True),
+    "stored transposed": lambda: square() | {"fan_in_fan_out": True},
     "slices": lambda: problem(lora_B=torch.randn(24, 4).bfloat16().requires_grad_(), enable_lora=(False, True)),
     "float32 adapters": lambda: problem(
         lora_A=torch.randn(4, 32, requires_grad=True), lora_B=torch.randn(48, 4, requires_grad=True)
@@ -234,6 +241,59 @@ def test_the_long_way_is_taken_while_triton_is_watched(
     assert recordings.counts()[2] == before[2]
 
 
+def test_a_weight_that_lies_the_other_way_is_another_kind(recordings: Recordings) -> None:
+    t = square()
+    before = known(recordings, t)
+    turned_around = trained(t | {"fan_in_fan_out": True})
+    assert recordings.counts()[2:] == before[2:]
+    for one, other in zip(turned_around, trained(t | {"weight": t["weight"].T.contiguous()}), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_tensor_for_a_seed_takes_the_long_way(recordings: Recordings) -> None:
+    """It may lie anywhere, and be anything."""
+    t = problem(dropout_p=0.5, training=True, seed=11)
+    before = known(recordings, t)
+    expected = trained(t)
+    for seed in (torch.tensor([11]), torch.tensor([0, 11])[1:]):
+        for one, other in zip(trained(t | {"seed": seed}), expected, strict=True):
+            assert torch.equal(one, other)
+    assert recordings.counts()[2] == before[2] + 1
+    with pytest.raises(ValueError, match=r"seed is torch\.int32"):
+        lora_linear(**t | {"seed": torch.tensor([11], dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("number", ["dropout_p", "row_offset", "column_offset"])
+def test_a_tensor_among_the_numbers_takes_the_long_way(recordings: Recordings, number: str) -> None:
+    """It may hold another number the next time."""
+    t = problem(dropout_p=0.5, training=True)
+    known(recordings, t)
+    held = torch.tensor(0.5) if number == "dropout_p" else torch.tensor(8)
+    tensors = t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"]
+    numbers = {"dropout_p": 0.5, "row_offset": 0, "column_offset": 0} | {number: held}
+    assert repeat.key_of(*tensors, "triton", True, (0.5, *numbers.values()), (True, False, True)) is None
+
+
+def test_the_backend_is_asked_for_once(recordings: Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may enter or leave a block meanwhile, and what is kept is kept for good."""
+    asked: list[str] = []
+    requested = fused_lora.functional.requested_backend
+    for module in (fused_lora.functional, linear_op, repeat):
+        monkeypatch.setattr(module, "requested_backend", lambda: asked.append("") or requested(), raising=False)
+    for number, t in enumerate([problem()] * 3 + [frozen(problem(), "x", "lora_A", "lora_B", "bias")] * 3, start=1):
+        lora_linear(**t)
+        assert len(asked) == number
+
+
+def test_a_backward_within_a_count_is_counted(recordings: Recordings) -> None:
+    t = problem()
+    known(recordings, t)
+    y = lora_linear(**t)
+    with fused_lora.count_paths() as paths:
+        y.backward(torch.ones_like(y))
+    assert paths == {"backward/triton": 1}
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -302,6 +362,7 @@ def test_the_output_may_be_written_to(recordings: Recordings, dims: int) -> None
     t = problem(x=torch.randn(*(1, 6, 32)[3 - dims :]).bfloat16().requires_grad_())
     known(recordings, t)
     y = lora_linear(**t)
+    assert not y._is_view()
     written = torch.autograd.grad(y.mul_(2).sum(), t["x"])
     expected = torch.autograd.grad((2 * lora_linear(**t)).sum(), t["x"])
     assert torch.equal(written[0], expected[0])
@@ -314,6 +375,13 @@ def test_rows_that_are_no_matrix_are_copied_once(recordings: Recordings) -> None
         expected = trained(t | {"x": t["x"].detach().contiguous().requires_grad_()})
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
+
+
+def test_they_are_saved_as_the_copy(recordings: Recordings) -> None:
+    t, saved = problem(x=torch.randn(3, 2, 32).bfloat16().transpose(0, 1).requires_grad_()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        lora_linear(**t)
+    assert (6, 32) in saved and (2, 3, 32) not in saved
 
 
 def test_a_written_input_is_an_error_on_the_short_way_too(recordings: Recordings) -> None:

@@ -22,8 +22,10 @@ from fused_lora.kernels import (
     fused_linear,
     low_rank_update,
     mask,
+    narrow,
     own_panel,
     panel,
+    plain_panel,
     reduce,
 )
 from fused_lora.kernels import launch as module
@@ -37,7 +39,9 @@ LAUNCHERS = (
     fused_linear,
     low_rank_update,
     mask,
+    narrow,
     panel,
+    plain_panel,
     reduce,
 )
 
@@ -117,6 +121,14 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
                 # The same again, and what differs from it in one number only.
                 for rows, r, scaling in ((5, 4, 0.5), (5, 4, 0.5), (5, 5, 0.5), (5, 4, 0.25), (21, 4, 0.5)):
                     linear(rows, r, dtypes, wanted, p, pattern, scaling)
+    with fused_lora.use_backend("unfused"):
+        # What the copy engine can read, in one part and in several.
+        for splits, (rows, r, scaling) in product(
+            (1, 4), ((5, 8, 0.5), (5, 8, 0.5), (5, 16, 0.5), (5, 8, 0.25), (21, 8, 0.5))
+        ):
+            tile = plain_panel._INTERPRETED[0]
+            monkeypatch.setattr(plain_panel, "layout_of", lambda *_, layout=(tile, splits): layout)
+            linear(rows, r, HALF, "xAB", 0.0, (True,), scaling, K=64, N=48)
     with fused_lora.use_backend("triton"):
         # Of so many outputs, the tiles compute the panel.
         for dtypes, pattern in product((HALF, MIXED), ((True,), (True, False, True))):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
-from fused_lora import fused
+from fused_lora import fused, reference
 from fused_lora.kernels import config, launch, plain_panel
 from fused_lora.kernels.flags import flags_for
 
@@ -63,7 +63,17 @@ def test_it_reads_columns_and_rows_of_something_larger(device: str) -> None:
     assert (expected - left.double() @ factor.double()).abs().max() < 0.05
 
 
-def test_parts_are_added_in_their_order_and_leave_words_at_zero(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_parts_are_added_in_their_order(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In float32 the sum of these depends on it: 2^24 + 1 is 2^24."""
+    in_parts(monkeypatch, 4)
+    left, factor = torch.zeros(20, 64 * 4, device=device).half(), torch.ones(8, 64 * 4, device=device).half().T
+    for part, value in enumerate((4096.0, 1.0, -4096.0, 1.0)):
+        left[:, 64 * part] = value
+        factor[64 * part] = abs(value)
+    assert torch.equal(plain_panel.plain_panel(left, factor, 1.0), left.new_full((20, 8), 1.0))
+
+
+def test_parts_leave_words_at_zero(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """A part that is infinite, and one that is missing where programs run out of steps, come to light."""
     in_parts(monkeypatch, 8)
     given: list[Tensor] = []
@@ -107,6 +117,8 @@ def refused(device: str) -> dict[str, tuple[Tensor, Tensor]]:
         "no rows": (left[:0], factor),
         "no ranks": (left, factor[:, :0]),
         "another dtype": (left, factor.float()),
+        "odd columns to read": (torch.randn(32, 72, device=device).half(), torch.randn(72, 8, device=device).half()),
+        "four bytes": (left.float(), factor.float()),
         "odd rows": (torch.randn(32, 65, device=device).half()[:, :64], factor),
         "odd columns": (left[:, ::2], factor[:32]),
         "odd ranks": (left, torch.randn(64, 7, device=device).half()),
@@ -129,6 +141,19 @@ def test_a_table_without_the_copy_engine_leaves_it_to_cublas(monkeypatch: pytest
     left, factor = problem(32, 64, 16, False, torch.bfloat16, "cpu")
     monkeypatch.setattr(plain_panel, "tiles_for", lambda *_: config.AMPERE)
     assert not plain_panel.takes(left, factor)
+
+
+@pytest.mark.parametrize(("ranks", "read", "plain"), [(64, 0, True), (72, 0, False), (72, 40 * 64, True)])
+def test_large_panels_of_many_ranks_are_cublass(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, read: int, plain: bool
+) -> None:
+    left, factor = problem(40, 64, ranks, False, torch.bfloat16, device)
+    by_cublas: list[Tensor] = []
+    monkeypatch.setattr(fused, "_FEW_READ", read)
+    monkeypatch.setattr(fused, "product", lambda *of: by_cublas.append(reference.product(*of)) or by_cublas[-1])
+    found = fused.undrawn_panel(left, factor, 0.5)
+    assert (not by_cublas) == plain
+    assert (found - 0.5 * (left.double() @ factor.double())).abs().max() < 0.05
 
 
 def test_float32_factors_are_rounded_to_the_rows_dtype(device: str) -> None:

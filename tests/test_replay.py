@@ -297,6 +297,35 @@ def test_words_that_a_launch_counts_in_are_asked_for_each_time(
     assert kernel.runs == 5 * 2 and isinstance(*replay._programs.values(), Program)
 
 
+def test_launches_that_count_in_the_same_words_have_each_as_many_as_they_asked_for(
+    kernel: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on one stream they do; where a graph is captured, each has words of its own."""
+    pool, asked, captured = torch.zeros(100), list[int](), False
+
+    def words_for(x: Tensor, count: int) -> Tensor:
+        asked.append(count)
+        first = 8 * len(asked) if captured else 0
+        words = pool[first : first + count]
+        if launch.thread.recorder is not None:
+            launch.thread.recorder.took_flags(words, count)
+        return words
+
+    def counting(x: Tensor) -> tuple[Tensor | None, ...]:
+        for count in (2, 4):
+            words = words_for(x, count)
+            add(kernel, x[:count], None, words, 1.0)
+        return (x.new_empty(1),)
+
+    monkeypatch.setattr(replay, "flags_for", words_for)
+    for number in range(4):
+        captured = number == 3
+        x = some(4)
+        replayed((x,), (), lambda x=x: counting(x))
+    assert isinstance(*replay._programs.values(), Program) and asked == [2, 4] * 4
+    assert torch.equal(pool[56:58], x[:2]) and torch.equal(pool[64:68], x)
+
+
 def test_no_recorder_stays_behind(kernel: Compiled) -> None:
     work = Work(kernel)
     for _ in range(2):
@@ -390,6 +419,7 @@ PARTS = {
     "what lies before": (lambda whole: whole[1:5], lambda whole: whole[:4], False),
     "columns of columns": (lambda whole: whole[:4, :7], lambda whole: whole[:4, 1:5], False),
     "between its columns": (lambda whole: whole[:4, :7], lambda whole: whole[:3, 7:], False),
+    "rows with what lies between": (lambda whole: whole[:4, :7], lambda whole: whole[:3], False),
     "columns where it begins": (lambda whole: whole[:4, :7], lambda whole: whole[:4, :3], True),
 }
 

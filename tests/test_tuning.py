@@ -90,7 +90,7 @@ def test_every_kernel_is_timed_with_the_tile_that_it_is_timed_for(monkeypatch: p
     launched: list[tuple[str, Tiles]] = []
     originals = {"linear": tuning.fused_linear._fused_linear, "adapter": tuning.adapter_grad._launch}
     for name, function in (("panel", "panel"), ("linear", "_fused_linear"), ("adapter", "_launch")):
-        module = {"panel": tuning, "linear": tuning.fused_linear, "adapter": tuning.adapter_grad}[name]
+        module = {"panel": panel, "linear": tuning.fused_linear, "adapter": tuning.adapter_grad}[name]
         original = originals.get(name, panel.panel)
 
         def noted(*args: Any, name: str = name, original: Any = original, **more: Any) -> Any:
@@ -123,11 +123,11 @@ ORIGINAL = panel.panel
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Panels go through `how` where their tile is not the present one."""
+    """Panels without a mask go through `how` where their tile is not the present one."""
 
     def spoiled(*args: Any, **more: Any) -> Any:
         xa, bits = ORIGINAL(*args, **more)
-        return (xa if panel_in_force() == PRESENT else how(xa)), bits
+        return (xa if panel_in_force() == PRESENT or bits is not None else how(xa)), bits
 
     monkeypatch.setattr(panel, "panel", spoiled)
 
