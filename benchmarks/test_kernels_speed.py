@@ -66,6 +66,7 @@ def forward_calls(layer: Layer) -> dict[str, Call]:
 
     return {
         "panel": lambda: panel.panel(x, lora_A.T, layer.scaling, None),
+        "undrawn_panel": lambda: fused.undrawn_panel(x, lora_A.T, layer.scaling),
         "panel, dropout": lambda: panel.panel(x, lora_A.T, layer.scaling, dropout),
         "fused_linear.forward": lambda: fused_linear.forward(x, weight, None, xa, lora_B),
         "forward": whole(None),
@@ -100,7 +101,7 @@ def backward_calls(layer: Layer) -> dict[str, Call]:
 
 def few_rows_calls(layer: Layer) -> dict[str, Call]:
     """What few rows of a layer take: all of it in one or two launches, and what goes beside cuBLAS otherwise."""
-    from fused_lora import decoding
+    from fused_lora import decoding, fused
     from fused_lora.kernels import few_rows_grad, narrow
     from fused_lora.kernels import mask as masks
 
@@ -122,6 +123,7 @@ def few_rows_calls(layer: Layer) -> dict[str, Call]:
         "decode, dropout": forward(dropout),
         "decode, backward": backward(None),
         "decode, backward, dropout": backward(bits),
+        "undrawn_panel, dyb": lambda: fused.undrawn_panel(dy, lora_B, scaling),
         "few_rows_grad, dropout": lambda: few_rows_grad.few_rows_grad(dy, xa, x, xa, bits, dtype),
         "mask.drop": lambda: masks.drop(x, dropout),
         "mask.add_kept_": lambda: masks.add_kept_(dx, xa, lora_A, bits, None),
@@ -143,11 +145,11 @@ def update_calls(layer: Layer) -> dict[str, Call]:
     }
 
 
-FORWARD = ("panel", "panel, dropout", "fused_linear.forward", "forward", "forward, dropout")
+FORWARD = ("panel", "undrawn_panel", "panel, dropout", "fused_linear.forward", "forward", "forward, dropout")
 GRADIENTS = ("grad_panels", "grad_input", "grad_input, dropout", "grad_lora_A", "grad_lora_A, dropout")
 BACKWARD = (*GRADIENTS, "backward", "backward, dropout")
 IN_ONE_LAUNCH = ("decode", "decode, dropout", "decode, backward", "decode, backward, dropout")
-FEW_ROWS = (*IN_ONE_LAUNCH, "few_rows_grad, dropout", "mask.drop", "mask.add_kept_", "narrow")
+FEW_ROWS = (*IN_ONE_LAUNCH, "undrawn_panel, dyb", "few_rows_grad, dropout", "mask.drop", "mask.add_kept_", "narrow")
 UPDATE = ("effective_weight", "embedding")
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")

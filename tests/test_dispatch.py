@@ -210,6 +210,7 @@ def test_a_forward_that_keeps_something_takes_one_launch_for_more_rows_where_it_
         (1024, 4096, 4096): ("decode", "triton"),
         (1024, 14336, 4096): ("triton", "triton"),
         (1024, 8192, 8192): ("decode", "triton"),
+        (1024, 4096, 8192): ("decode", "triton"),
         (1024, 4096, 14336): ("unfused", "unfused"),
         (1536, 4096, 4096): ("unfused", "unfused"),
         (2047, 4096, 4096): ("decode", "triton"),
