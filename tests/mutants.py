@@ -106,6 +106,7 @@ REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
+UNMASKED_ADDRESSES = ("tests/test_plain_panel.py", "-k", "address")
 UNMASKED = ("tests/test_plain_panel.py", "-k", "not against_float64 or 50")
 KNOWN = ("tests/test_known.py",)
 BATCHES = ("tests/test_direct.py", "-k", "batch")
@@ -865,7 +866,7 @@ MUTANTS = (
     Mutant("a panel's part left out", PLAIN_PANEL, "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", UNMASKED),
     Mutant("a panel's parts each the first", PLAIN_PANEL, "first = split * steps * BLOCK_I", "first = 0", UNMASKED),
     Mutant("a panel's counts left", PLAIN_PANEL, "tl.store(arrived_ptr + tile, 0)", "pass", UNMASKED),
-    Mutant("a panel's rows past the last", PLAIN_PANEL, "(rows[:, None] < M) & ", "", UNMASKED),
+    Mutant("a panel's rows past the last", PLAIN_PANEL, "(rows[:, None] < M) & ", "", UNMASKED_ADDRESSES),
     Mutant("a panel by a factor of another dtype", PLAIN_PANEL, "and left.dtype == factor.dtype", "", UNMASKED),
     Mutant("a panel of what cannot be read", PLAIN_PANEL, "and describable(left)\n", "", UNMASKED),
     Mutant("a large panel not cuBLAS's", FUSED, "if not large and plain", "if plain", UNMASKED),

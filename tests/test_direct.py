@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 import fused_lora
 from fused_lora import embedding_op, functional, linear_op, weight_op
 from fused_lora.functional import effective_weight, lora_linear
-from fused_lora.ops import direct
+from fused_lora.ops import direct, direct_gradients
 
 
 class Subclass(torch.Tensor):
@@ -52,6 +52,13 @@ def test_a_second_backward_raises_on_every_direct_call(backend: str, device: str
         (gradient,) = torch.autograd.grad(y.square().sum(), lora_A, create_graph=True)
         with pytest.raises(RuntimeError, match="first derivatives"):
             gradient.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`")
+def test_a_batch_of_gradients_is_not_direct() -> None:
+    x, seen = torch.randn(2, 2), []
+    torch._vmap_internals._vmap(lambda row: (seen.append(direct_gradients(row, None)), row)[1])(x)
+    assert seen == [False] and direct_gradients(x, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -54,6 +54,22 @@ def test_against_float64(
     assert torch.equal(found, plain_panel.plain_panel(left, factor, -1.5))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("sizes", [(1, 16, 16), (33, 48, 8), (50, 96, 72)], ids=str)
+def test_every_address_is_one_of_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], splits: int, backward: bool
+) -> None:
+    from interpreter import checked_addresses
+
+    in_parts(monkeypatch, splits)
+    left, factor = problem(*sizes, backward, torch.bfloat16, "cpu")
+    with checked_addresses() as counts:
+        plain_panel.plain_panel(left, factor, 1.0)
+    assert counts["launches"] == 1
+
+
 def test_it_reads_columns_and_rows_of_something_larger(device: str) -> None:
     wide, factors = torch.randn(40, 160, device=device).half(), torch.randn(96, 64, device=device).half()
     left, factor = wide[3:, 32:128], factors[:, 16:56]

@@ -420,6 +420,11 @@ PARTS = {
     "columns of columns": (lambda whole: whole[:4, :7], lambda whole: whole[:4, 1:5], False),
     "between its columns": (lambda whole: whole[:4, :7], lambda whole: whole[:3, 7:], False),
     "rows with what lies between": (lambda whole: whole[:4, :7], lambda whole: whole[:3], False),
+    "rows of another length": (
+        lambda whole: whole[:4, :7],
+        lambda whole: whole.view(-1)[:24].view(3, 8)[:, :7],
+        False,
+    ),
     "columns where it begins": (lambda whole: whole[:4, :7], lambda whole: whole[:4, :3], True),
 }
 
