@@ -143,8 +143,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx where weight, lora_A and lora_B are given, da where x and lora_B are, db where xa is; scaling includes 1/q."""
     many = lora_B is not None and lora_B.shape[1] > adapter_grad.FUSED_RANK
-    by_itself = many and len(enable_lora) == 1 and dy.dtype.itemsize == 2
-    in_one_launch = by_itself and len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
+    dyb_alone = many and len(enable_lora) == 1 and dy.dtype.itemsize == 2
+    in_one_launch = dyb_alone and len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
     # A db that needs a read of dy by itself can wait until dx's GEMM runs.
     early_xa, later_xa = (None, xa) if many else (xa, None)
     overlapping, beside, held = overlaps(dy.device), False, list[Tensor]()
@@ -152,7 +152,7 @@ def backward(
     with on(dy):
         if weight is not None and lora_A is not None and lora_B is not None:
             lora_A, lora_B = _narrowed(dy, weight, lora_A, lora_B)
-        if lora_B is not None and by_itself:
+        if lora_B is not None and dyb_alone:
             dyb = undrawn_panel(dy, lora_B, scaling, xa)
         else:
             dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)

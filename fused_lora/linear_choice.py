@@ -117,10 +117,9 @@ def _masked_forward(
     if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (few_rows or few_outputs)):
         return _FEW_DECODED_ROWS
     if ranks > _DECODED_RANKS:
-        hidden = out_features >= _HIDING_OUTPUTS and rows * in_features <= _HIDDEN_MASK
-        several = _FEWEST_DRAWN_ROWS <= rows <= _FEW_DRAWN_ROWS
-        hidden = hidden or (several and rows * out_features <= _FEWER_OUTPUTS)
-        if ranks <= _MOST_DRAWN_RANKS and hidden:
+        beside_many = out_features >= _HIDING_OUTPUTS and rows * in_features <= _HIDDEN_MASK
+        of_few = _FEWEST_DRAWN_ROWS <= rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEWER_OUTPUTS
+        if ranks <= _MOST_DRAWN_RANKS and (beside_many or of_few):
             return _FEW_DECODED_ROWS
     elif rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
         return choice
@@ -146,14 +145,14 @@ def _forward(
         return choice
     few = rows <= _FEW_DECODED or rows * ranks <= _SMALL_PANEL
     large = rows > _DECODED or ranks * in_features > _LARGEST_DECODED_FACTOR
-    hidden = out_features >= _HIDING_OUTPUTS or rows * out_features <= _FEWER_OUTPUTS
-    decodes = ranks <= _DECODED_RANKS or few or (not large and hidden)
+    many_or_few = out_features >= _HIDING_OUTPUTS or rows * out_features <= _FEWER_OUTPUTS
+    decodes = ranks <= _DECODED_RANKS or few or (not large and many_or_few)
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
     if decodes and busy:
-        most = _MOST_DECODED if rows < _FEWEST_ROWS else max(in_features, out_features)
-        alone = rows < _FEWEST_ROWS or (not trains and rows * out_features < _TOO_MUCH_DECODED)
         if rows <= _DECODED:
             return _FEW_DECODED_ROWS
+        most = _MOST_DECODED if rows < _FEWEST_ROWS else max(in_features, out_features)
+        alone = rows < _FEWEST_ROWS or (not trains and rows * out_features < _TOO_MUCH_DECODED)
         if alone and out_features >= _FEWEST_DECODED_OUTPUTS and max(in_features, out_features) <= most:
             return _MORE_DECODED_ROWS
     return _where_full(choice, device, rows, out_features, in_features, _FULL)

@@ -79,7 +79,7 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def direct_gradients(dy: Tensor, *saved: Tensor | None) -> bool:
-    """The same of a backward, whose gradient may be a batch of them (is_grads_batched), which has no memory."""
+    """`direct` of a backward's tensors; its dy may be a batch of them (is_grads_batched), which has no memory."""
     return direct(dy, *saved) and not torch._C._functorch.is_legacy_batchedtensor(dy)
 
 

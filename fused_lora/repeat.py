@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .dispatch import choose, counted
 from .kernels.lookup import instrumentation, tiles_in_force, watched
 from .linear_choice import choose_forward
 from .ops import direct, here
+
+if TYPE_CHECKING:
+    from .kernels.replay import Keep, Program
 
 # Of x, weight (whichever way it is stored), bias, lora_A, lora_B and, if a mask is drawn, its seed; or of weight,
 # lora_A, lora_B and what is known.
@@ -50,7 +53,10 @@ def key_of(
     if not here(x) or counted() or torch._C._is_any_autocast_enabled():
         return None
     # A tensor among them is found by what it is, not by what it holds.
-    if type(numbers[0]) is not float or any(type(number) not in (int, float) for number in numbers[1:]):
+    scaling, dropout_p, row_offset, column_offset = numbers
+    if type(scaling) is not float or type(dropout_p) not in (float, int):
+        return None
+    if type(row_offset) is not int or type(column_offset) is not int:
         return None
     if trains and (x.dtype.itemsize != 2 or watched() or tiles_in_force()):
         return None
@@ -87,13 +93,13 @@ def call_of(key: Hashable) -> Call | None:
 
 def keeper(
     key: Hashable, fan_in_fan_out: bool, enable_lora: list[bool], rest: tuple[float, float, int, int, str]
-) -> Callable[[Any], None]:
+) -> Keep:
     """What is to be given the recording of a forward that is differentiated, for calls with its key.
 
     enable_lora, and rest, scaling and so on: as they were given to `linear_op.lora_linear`.
     """
 
-    def keep(program: Any) -> None:
+    def keep(program: Program) -> None:
         known = linear_op.Known(program)
 
         def again(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._accumulate import accumulate
 from .config import capability, processors, rank_block
 from .flags import flags_for
-from .launch import cdiv, describable, input_precision, launch, stated_work, strides
+from .launch import cdiv, describable, launch, stated_work, strides
 from .lookup import tiles_for
 
 
@@ -72,7 +72,7 @@ def _plain_panel_kernel(
     scale,
     M, I, R,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     tile_m, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     first_row, first_rank = tile_m * BLOCK_M, tl.program_id(1) * BLOCK_R
@@ -85,7 +85,7 @@ def _plain_panel_kernel(
             factor = factor_ptr.load([first_rank, start]).T
         else:
             factor = factor_ptr.load([start, first_rank])
-        acc = accumulate(left, factor, acc, PRECISION)
+        acc = accumulate(left, factor, acc, "ieee")
     arrivals = tl.full((), SPLITS - 1, tl.int32)
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.cdiv(M, BLOCK_M) + tile_m
@@ -160,14 +160,13 @@ def plain_panel(left: Tensor, factor: Tensor, scale: float) -> Tensor:
     if splits > 1:
         parts = left.new_empty((tiles, splits, tile.block_m, block_r), dtype=torch.float32)
         arrived = flags_for(left, tiles)
-    precision = input_precision(left.dtype)
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         return (cdiv(M, tile.block_m) * splits, cdiv(R, block_r)), dict(
             **strides("pm pr", out),
             scale=scale, M=M, I=I, R=R,
             SPLITS=splits, BLOCK_M=tile.block_m, BLOCK_I=tile.block_i, BLOCK_R=block_r,
-            TRANSPOSED=transposed, PRECISION=precision,
+            TRANSPOSED=transposed,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -177,5 +176,5 @@ def plain_panel(left: Tensor, factor: Tensor, scale: float) -> Tensor:
     }
     made = {"panel_ptr": out, "parts_ptr": parts, "arrived_ptr": arrived}
     tensors: dict[str, Tensor | None] = {"left_ptr": left, "factor_ptr": stored}
-    launch(_plain_panel_kernel, tensors, (tile, transposed, splits, scale, precision), arguments, made, described)
+    launch(_plain_panel_kernel, tensors, (tile, transposed, splits, scale), arguments, made, described)
     return out

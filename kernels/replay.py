@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from operator import le
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .flags import flags_for
 from .launch import Described, Plan, Pointer, recording_by
 from .lookup import instrumentation, tiles_in_force, watched
+from .spans import begins, overlap, span
 
 Results = tuple[Tensor | None, ...]
 
@@ -193,29 +192,6 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of its first element and past its last one."""
-    first = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return first, first
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (last + 1) * tensor.element_size()
-
-
-def _within(tensor: Tensor, given: Tensor) -> bool:
-    """Whether a tensor that begins where a given one does has no elements but the other's: its first ones, or its T."""
-    for whole in (given, given.T) if given.dim() == 2 else (given,):
-        if tensor.stride() == whole.stride() and all(map(le, tensor.shape, whole.shape)):
-            return True
-    return False
-
-
-def _overlap(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether two of them reach into one another."""
-    spans = sorted(_span(tensor) for tensor in tensors if tensor is not None and tensor.numel() > 0)
-    return any(start < end for (_, end), (start, _) in pairwise(spans))
-
-
 class Recording(TorchDispatchMode):
     """Writes down what happens in its block for the given tensors, and whether that can be repeated."""
 
@@ -226,7 +202,7 @@ class Recording(TorchDispatchMode):
         self.live: dict[int, _Live] = {}
         self.values = len(given)
         # Of two that share memory, what is read could be either's or a part of either.
-        self.repeatable = not _overlap(given)
+        self.repeatable = not overlap(given)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -275,12 +251,12 @@ class Recording(TorchDispatchMode):
         for value, live in reversed(self.live.items()):
             if live.storage_pointer == storage_pointer or live.pointer == pointer:
                 return _Address(value, pointer - live.pointer)
-        end = _span(tensor)[1]
+        end = span(tensor)[1]
         for value, given in enumerate(self.given):
             if given is not None:
-                first, last = _span(given)
+                first, last = span(given)
                 # Between the elements of one with gaps lies what is not its own.
-                whole = given.is_contiguous() or (pointer == first and _within(tensor, given))
+                whole = given.is_contiguous() or (pointer == first and begins(tensor, given))
                 if first <= pointer and end <= last and whole:
                     return _Address(value, pointer - first)
         return None

@@ -53,6 +53,7 @@ PLAIN_PANEL = "kernels/plain_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
 NARROW = "kernels/narrow.py"
 REPLAY = "kernels/replay.py"
+SPANS = "kernels/spans.py"
 LAUNCH = "kernels/launch.py"
 FLAGS = "kernels/flags.py"
 FUSED = "fused_lora/fused.py"
@@ -159,8 +160,8 @@ MUTANTS = (
         RECORDED,
     ),
     Mutant("repeated in spite of torch's operations", REPLAY, "elif not func.is_view", "elif False", RECORDED),
-    Mutant("one of two tensors at an address", REPLAY, "not _overlap(given)", "True", RECORDED),
-    Mutant("tensors as long as their rows", REPLAY, "(size - 1) * stride", "stride", RECORDED),
+    Mutant("one of two tensors at an address", REPLAY, "not overlap(given)", "True", RECORDED),
+    Mutant("tensors as long as their rows", SPANS, "(size - 1) * stride", "stride", RECORDED),
     Mutant("a conversion that is not repeated", REPLAY, "    torch.ops.aten.to.dtype: Tensor.to,\n", "", RECORDED),
     Mutant("repeated while Triton instruments", REPLAY, "(instrumentation(), *kinds)", "tuple(kinds)", RECORDED),
     Mutant(
@@ -316,7 +317,7 @@ MUTANTS = (
         "dyb of many ranks unscaled", FUSED, "(dy, lora_B, scaling, xa)", "(dy, lora_B, 1.02 * scaling, xa)", MANY_RANKS
     ),
     Mutant("few rows without their mask", FUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", MANY_RANKS),
-    Mutant("any rows in one launch", FUSED, "by_itself and len(dy) <= scaled(", "by_itself and 0 <= scaled(", BESIDE),
+    Mutant("any rows in one launch", FUSED, "dyb_alone and len(dy) <= scaled(", "dyb_alone and 0 <= scaled(", BESIDE),
     Mutant("few masked rows divided", ADAPTER, "        programs = 1\n", "        pass\n", BESIDE),
     Mutant("few unfused rows without their mask", UNFUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", UNFUSED_HALF),
     Mutant(
@@ -836,13 +837,8 @@ MUTANTS = (
     Mutant("a step known at any probability", FUNCTIONAL, "(scaling, dropout_p, row", "(scaling, 0.0, row", KNOWN),
     Mutant("a step known however it is stored", FUNCTIONAL, "fan_in_fan_out, *enable", "*enable", KNOWN),
     Mutant("a step known by another seed", FUNCTIONAL, "if not isinstance(seed, Tensor) and", "if", KNOWN),
-    Mutant(
-        "a step known by a tensor",
-        REPEAT,
-        " or any(type(number) not in (int, float) for number in numbers[1:])",
-        "",
-        KNOWN,
-    ),
+    Mutant("a step known by a tensor", REPEAT, "type(dropout_p) not in (float, int)", "False", KNOWN),
+    Mutant("a step known by a tensor's rows", REPEAT, "type(row_offset) is not int or ", "", KNOWN),
     Mutant("words of another launch", REPLAY, "in reversed(self.live.items())", "in self.live.items()", RECORDED),
     Mutant(
         "a batch of gradients without memory",
@@ -874,16 +870,22 @@ MUTANTS = (
     Mutant(
         "what lies between columns its own",
         REPLAY,
-        "given.is_contiguous() or (pointer == first and _within(tensor, given))",
+        "given.is_contiguous() or (pointer == first and begins(tensor, given))",
         "True",
         RECORDED,
     ),
-    Mutant("what lies otherwise its own", REPLAY, "tensor.stride() == whole.stride() and all", "all", RECORDED),
+    Mutant("what lies otherwise its own", SPANS, "tensor.stride() == each.stride() and all", "all", RECORDED),
     Mutant("what reaches out its own", REPLAY, "pointer and end <= last and whole", "pointer and whole", RECORDED),
     Mutant(
         "a panel's parts in another order", PLAIN_PANEL, "+ s * (BLOCK_M", "+ (SPLITS - 1 - s) * (BLOCK_M", UNMASKED
     ),
-    Mutant("a panel by another scaling's key", PLAIN_PANEL, "splits, scale, precision)", "splits, precision)", KEYS),
+    Mutant(
+        "a panel by another scaling's key",
+        PLAIN_PANEL,
+        "(tile, transposed, splits, scale)",
+        "(tile, transposed, splits)",
+        KEYS,
+    ),
     Mutant("a tile of panels not looked at", TUNING, "*gradients, *alone", "*gradients", TRIALS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
