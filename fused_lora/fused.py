@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, mask, own_panel, panel, plain_panel
+from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, mask, own_panel, panel, split_panel
 from .kernels.config import overlaps, scaled
 from .kernels.few_rows_grad import few_rows_grad
 from .kernels.lookup import tiles_for
@@ -65,9 +65,20 @@ def undrawn_panel(left: Tensor, factor: Tensor, scale: float, alike: Tensor | No
     """
     factor = in_dtype(factor, left.dtype)
     large = factor.shape[1] > _FEW_MASKED_RANKS and left.numel() > _FEW_READ
-    if not large and plain_panel.takes(left, factor):
-        return plain_panel.plain_panel(left, factor, scale)
+    if not large and split_panel.takes(left, factor):
+        return split_panel.split_panel(left, factor, scale)[0]
     return product(left, factor, scale, alike)
+
+
+def drawn_panel(left: Tensor, factor: Tensor, scale: float, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    """scale / q * (keep * left) @ factor in left's dtype, and the bits of the mask; see `undrawn_panel`."""
+    factor = in_dtype(factor, left.dtype)
+    if split_panel.takes(left, factor, dropout):
+        panel, bits = split_panel.split_panel(left, factor, scale, dropout)
+        assert bits is not None
+        return panel, bits
+    dropped, bits = mask.drop(left, dropout)
+    return undrawn_panel(dropped, factor, scale / dropout.keep_probability), bits
 
 
 def forward(
@@ -91,12 +102,10 @@ def forward(
         if dropout is None and first_wave.takes(x, weight, lora_A):
             return *first_wave.forward(x, weight, bias, lora_A, lora_B, scaling, enable_lora), None
         ranks, half = len(lora_A), x.dtype.itemsize == 2
-        if dropout is None and half and (ranks > _FEW_RANKS or plain_panel.takes(x, lora_A.t())):
+        if dropout is None and half and (ranks > _FEW_RANKS or split_panel.takes(x, lora_A.t())):
             xa, bits = undrawn_panel(x, lora_A.t(), scaling), None
-        elif dropout is not None and half and ranks > _FEW_MASKED_RANKS:
-            dropped, bits = mask.drop(x, dropout)
-            xa = undrawn_panel(dropped, lora_A.t(), scaling / dropout.keep_probability)
-            del dropped
+        elif dropout is not None and half and (ranks > _FEW_MASKED_RANKS or split_panel.takes(x, lora_A.t(), dropout)):
+            xa, bits = drawn_panel(x, lora_A.t(), scaling, dropout)
         else:
             xa, bits = panel.panel(x, lora_A.T, scaling, dropout)
         return fused_linear.forward(x, weight, bias, xa, lora_B, enable_lora), xa, bits

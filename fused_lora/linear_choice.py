@@ -15,20 +15,18 @@ from .dispatch import BATCH_INVARIANT, Choice, choose
 # rows of whatever is bound by reading the weight.
 _FEWEST_ROWS, _FEWEST_OUTPUTS, _FEW_DECODED = 2048, 1 << 21, 64
 # Rows of a forward that is one launch, and its ranks. Of more ranks at most so many elements of the panel, or of lora_A
-# beside many outputs or few.
+# beside many outputs, or few of all rows.
 _DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR, _SMALL_PANEL = 512, 64, 1 << 19, 1 << 14
-# Of one that draws a mask: as small a panel; and where outputs are few, more rows, and outputs with them.
-_FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS = 1024, 1 << 20
-# And of more than _DECODED_RANKS, up to so many: so many outputs at least for each row, beside at most so many elements
-# of the mask, which are drawn meanwhile; or few outputs of so many rows at least.
-_MOST_DRAWN_RANKS, _HIDING_OUTPUTS, _HIDDEN_MASK = 128, 8192, 1 << 20
-_FEWEST_DRAWN_ROWS, _FEWER_OUTPUTS = 512, 1 << 19
+_HIDING_OUTPUTS, _FEWER_OUTPUTS = 8192, 1 << 19
+# Of one that draws a mask. With up to _MOST_DRAWN_RANKS where outputs are so many times the inputs, beside at most so
+# many elements of the mask, which are drawn meanwhile. With up to _FEW_RANKS as many rows, of so many inputs at most.
+# With up to _DECODED_RANKS where outputs are few, of more rows. And with more ranks the fewest rows.
+_FEW_RANKS, _MOST_DRAWN_FEATURES = 32, 4096
+_FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS, _FEWEST_DIVIDED_ROWS = 1024, 1 << 20, 256
+_HIDING, _HIDDEN_MASK, _FEWEST_DRAWN_ROWS, _MOST_DRAWN_RANKS = 2, 1 << 20, 32, 128
 # Of a backward that is one launch but for the adapter's gradients: rows, and the features on both sides; and where few
 # ranks make lora_B's rows short, which the panel's few programs read slowly, the features that they go through.
-_DECODED_BACK, _DECODED_FEATURES, _FEW_RANKS, _FEW_INNER = 128, 4096, 32, 1024
-# Features of which masks of fewer than _FEWEST_ROWS are drawn as fast as by a kernel that draws them alone, as it does
-# for more than _DECODED_RANKS.
-_MOST_DRAWN_FEATURES = 4096
+_DECODED_BACK, _DECODED_FEATURES, _FEW_INNER = 128, 4096, 1024
 # Of one that draws none: for more rows no fewer outputs, and with less than _FEWEST_ROWS no more features; of rows and
 # outputs together less than the last. With _FEWEST_ROWS and more, where no gradient is wanted.
 _FEWEST_DECODED_OUTPUTS, _MOST_DECODED, _TOO_MUCH_DECODED = 2048, 8192, 1 << 25
@@ -38,8 +36,8 @@ _BUSY = 0.8
 # wave.
 _FEWEST_OUTPUTS_OF_WAVES = 1 << 24
 # Which part a GEMM's tiles must keep busy to take less time than cuBLAS, which has tiles for any size; where what is
-# saved beside the GEMM is a larger part of it, less; and the rows together with the fewer features.
-_FULL, _FULL_ENOUGH, _FEWEST_FULL = 0.85, 0.78, 1 << 20
+# saved beside the GEMM is a larger part of it, less; with a mask; and the rows together with the fewer features.
+_FULL, _FULL_ENOUGH, _FULL_DRAWN, _FEWEST_FULL = 0.85, 0.78, 0.84, 1 << 20
 
 _FEW_ROWS = Choice("unfused", f"cuBLAS takes less time for fewer than {_FEWEST_ROWS} rows")
 _FEW_TILES = Choice("unfused", "cuBLAS takes less time where the output, or the input's gradient, has few tiles")
@@ -112,18 +110,21 @@ def choose_forward(
 def _masked_forward(
     choice: Choice, device: torch.device, rows: int, in_features: int, out_features: int, ranks: int
 ) -> Choice:
+    beside_many = out_features >= _HIDING * in_features and rows * in_features <= _HIDDEN_MASK
     few_outputs = rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEW_DRAWN_OUTPUTS
-    few_rows = rows <= _DECODED and rows * ranks <= _SMALL_PANEL
-    if rows <= _FEW_DECODED or (ranks <= _DECODED_RANKS and (few_rows or few_outputs)):
+    if ranks > _MOST_DRAWN_RANKS:
+        decodes = rows <= _FEWEST_DRAWN_ROWS // 2 and out_features >= _HIDING_OUTPUTS
+    elif ranks > _DECODED_RANKS:
+        decodes = beside_many or rows <= _FEWEST_DRAWN_ROWS
+    elif ranks > _FEW_RANKS:
+        decodes = beside_many or rows <= _FEW_DECODED or (rows >= _FEWEST_DIVIDED_ROWS and few_outputs)
+    else:
+        few_rows = rows <= _DECODED and out_features < _HIDING * in_features
+        decodes = beside_many or few_outputs or few_rows
+        decodes = rows <= _FEW_DECODED or (decodes and in_features <= _MOST_DRAWN_FEATURES)
+    if decodes:
         return _FEW_DECODED_ROWS
-    if ranks > _DECODED_RANKS:
-        beside_many = out_features >= _HIDING_OUTPUTS and rows * in_features <= _HIDDEN_MASK
-        of_few = _FEWEST_DRAWN_ROWS <= rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEWER_OUTPUTS
-        if ranks <= _MOST_DRAWN_RANKS and (beside_many or of_few):
-            return _FEW_DECODED_ROWS
-    elif rows <= _DECODED or (rows < _FEWEST_ROWS and in_features > _MOST_DRAWN_FEATURES):
-        return choice
-    return _where_full(choice, device, rows, out_features, in_features, _FULL)
+    return _where_full(choice, device, rows, out_features, in_features, _FULL_DRAWN)
 
 
 def _forward(
@@ -199,8 +200,9 @@ def _where_full(choice: Choice, device: torch.device, rows: int, columns: int, i
 
     if rows * min(columns, inner) < _FEWEST_FULL:
         return choice
-    tiles = -(-rows // HOPPER.linear.block_m) * -(-columns // HOPPER.linear.block_j)
-    return _WHOLE_WAVES if filled(device, tiles) >= full else _IDLE
+    tile, down = HOPPER.linear, -(-rows // HOPPER.linear.block_m)
+    of_last_tiles = rows / (down * tile.block_m)
+    return _WHOLE_WAVES if filled(device, down * -(-columns // tile.block_j)) * of_last_tiles >= full else _IDLE
 
 
 def _decodes(request: str, choice: Choice, dtype: torch.dtype, *features: int) -> bool:

@@ -12,7 +12,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from .fused import effective_weight, embedding, on, undrawn_panel
+from .fused import drawn_panel, effective_weight, embedding, on, undrawn_panel
 from .kernels import mask
 from .kernels.config import scaled
 from .kernels.few_rows_grad import few_rows_grad
@@ -51,12 +51,12 @@ def forward(
     enable_lora: Sequence[bool] = (True,),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N] and its panel xa [M, R], both in x.dtype, and the bits of the mask."""
-    dropped, bits = x, None
+    bits = None
     with on(x):
-        if dropout is not None:
-            dropped, bits = mask.drop(x, dropout)
-            scaling /= dropout.keep_probability
-        xa = undrawn_panel(dropped, lora_A.t(), scaling)
+        if dropout is None:
+            xa = undrawn_panel(x, lora_A.t(), scaling)
+        else:
+            xa, bits = drawn_panel(x, lora_A.t(), scaling, dropout)
         y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         lora_B = in_dtype(lora_B, x.dtype)
         if len(enable_lora) == 1:

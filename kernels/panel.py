@@ -17,7 +17,7 @@ from torch import Tensor
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, draw_tile, kept
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import HOPPER, PanelTile, processors, rank_block
+from .config import rank_block
 from .launch import (
     Dropout,
     cdiv,
@@ -29,9 +29,6 @@ from .launch import (
     strides,
 )
 from .lookup import tiles_for
-
-# Instead of Hopper's, where a mask is drawn for rows so few that those leave half of the multiprocessors idle.
-FEW_DRAWN_ROWS = PanelTile(block_m=16, block_i=128, num_warps=4, num_stages=5)
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +112,6 @@ def panel(
     block_r, aligned = rank_block(R), dropout is None or dropout.column_offset % 8 == 0
     tiles = tiles_for(left.device, left.dtype, I, aligned=aligned)
     tile = (tiles.panel if dropout is None else tiles.drawn_panel)[block_r]
-    if dropout is not None and tiles is HOPPER and 2 * cdiv(M, tile.block_m) <= processors(left.device):
-        tile = FEW_DRAWN_ROWS
     precision, seed = input_precision(left.dtype), None if dropout is None else dropout.seed
     if dropout is not None:
         scale /= dropout.keep_probability

@@ -36,7 +36,7 @@ from fused_lora.kernels import (
     mask,
     own_panel,
     panel,
-    plain_panel,
+    split_panel,
 )
 from fused_lora.reference import Dropout
 
@@ -125,7 +125,7 @@ FIRST_WAVE = [
 ]
 
 # A panel alone, with every tile and divided into all numbers of parts; of a backward where it is fan_in_fan_out.
-PLAIN_PANEL = [
+SPLIT_PANEL = [
     *(Case("bfloat16", "bfloat16", r, shape=(512, 4096, 4096)) for r in (16, 32, 64, 128)),
     *(Case("float16", "float16", r, shape=(512, 4096, 4096), fan_in_fan_out=True) for r in (16, 128)),
 ]
@@ -250,7 +250,7 @@ def compile_case(case: Case) -> None:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
-    for module in (first_wave, panel, plain_panel):
+    for module in (first_wave, panel, split_panel):
         module.processors = lambda device: 132
     for module in (fused, unfused, adapter_grad):
         module.scaled = lambda rows, device: rows
@@ -258,9 +258,9 @@ def main(capability: int) -> None:
     torch.mm = lambda left, right, **options: left.new_empty(len(left), right.shape[1])
     torch.addmm = lambda total, left, right, **options: left.new_empty(len(left), right.shape[1])
     torch.Tensor.addmm_ = lambda total, left, right: total
-    for module in (first_wave, fused, fused_linear, panel, plain_panel, adapter_grad, low_rank_update):
+    for module in (first_wave, fused, fused_linear, panel, split_panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
-    plain_panel._tiles_for = lambda device: plain_panel._TILES
+    split_panel._tiles_for = lambda device: split_panel._TILES
     fused.overlaps = lambda device: capability in (90, 100)
     own_panel.tile_of = partial(own_panel_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
@@ -300,12 +300,17 @@ def main(capability: int) -> None:
         if own_panel.tile_of(torch.device("cpu"), torch.bfloat16, *case.shape) is not None:
             x, weight, bias, lora_A, lora_B = tensors_of(case)
             fused.forward(x, weight, bias, lora_A, lora_B, scaling=2.0, dropout=None, enable_lora=case.enable_lora)
-    for case in PLAIN_PANEL if capability >= 90 else []:
+    for case in SPLIT_PANEL if capability >= 90 else []:
         current[0] = case
         x, _, _, lora_A, lora_B = tensors_of(case)
-        for layout in product(plain_panel._TILES, plain_panel._SPLITS):
-            plain_panel.layout_of = lambda *_, layout=layout: layout
-            plain_panel.plain_panel(x, lora_B if case.fan_in_fan_out else lora_A.T, 2.0)
+        for layout in product(split_panel._TILES, split_panel._SPLITS):
+            split_panel.layout_of = lambda *_, layout=layout: layout
+            split_panel.split_panel(x, lora_B if case.fan_in_fan_out else lora_A.T, 2.0)
+        dropout = Dropout(torch.zeros(1, dtype=torch.int64), 6554)
+        of_many = [tile for most, tile in split_panel._DRAWN_OF_MANY.items() if case.r <= most]
+        for layout in product([split_panel._DRAWN, *of_many[:1]], split_panel._SPLITS):
+            split_panel.drawn_layout_of = lambda *_, layout=layout: layout
+            split_panel.split_panel(x, lora_A.T, 2.0, dropout)
     # Tiles that leave no room for all that the table's do.
     table = config.TABLES.get(capability, config.SAFE)
     tight = replace(table, linear=replace(table.linear, num_stages=table.linear.num_stages + 1))

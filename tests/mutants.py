@@ -49,7 +49,7 @@ DECODE_TILES = "kernels/decode_tiles.py"
 DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
 OWN_PANEL = "kernels/own_panel.py"
-PLAIN_PANEL = "kernels/plain_panel.py"
+SPLIT_PANEL = "kernels/split_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
 NARROW = "kernels/narrow.py"
 REPLAY = "kernels/replay.py"
@@ -107,8 +107,10 @@ REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
-UNMASKED_ADDRESSES = ("tests/test_plain_panel.py", "-k", "address")
-UNMASKED = ("tests/test_plain_panel.py", "-k", "not against_float64 or 50")
+UNMASKED_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
+UNMASKED = ("tests/test_split_panel.py", "-k", "not mask and (not against_float64 or 50)")
+DRAWN = ("tests/test_split_panel.py", "-k", "mask and (33 or 50 or tile or alone or draws)")
+DRAWN_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
 KNOWN = ("tests/test_known.py",)
 BATCHES = ("tests/test_direct.py", "-k", "batch")
 CHOICE = ("tests/test_dispatch.py",)
@@ -263,8 +265,8 @@ MUTANTS = (
     Mutant(
         "masks of many ranks in one launch",
         LINEAR_CHOICE,
-        "(ranks <= _DECODED_RANKS and (few_rows",
-        "(True and (few_rows",
+        "    elif ranks > _DECODED_RANKS:\n",
+        "    elif False:\n",
         CHOICE,
     ),
     Mutant(
@@ -277,8 +279,26 @@ MUTANTS = (
     Mutant(
         "masks of few rows and many features",
         LINEAR_CHOICE,
-        " and in_features > _MOST_DRAWN_FEATURES)",
-        " and False)",
+        "(decodes and in_features <= _MOST_DRAWN_FEATURES)",
+        "decodes",
+        CHOICE,
+    ),
+    Mutant("masks of hundreds of ranks", LINEAR_CHOICE, "if ranks > _MOST_DRAWN_RANKS:", "if False:", CHOICE),
+    Mutant("masks beside outputs of any size", LINEAR_CHOICE, "and rows * in_features <= _HIDDEN_MASK", "", CHOICE),
+    Mutant("masks of many rows and outputs", LINEAR_CHOICE, "and out_features < _HIDING * in_features", "", CHOICE),
+    Mutant(
+        "masks of few divided rows",
+        LINEAR_CHOICE,
+        "(rows >= _FEWEST_DIVIDED_ROWS and few_outputs)",
+        "few_outputs",
+        CHOICE,
+    ),
+    Mutant("last tiles of a few rows", LINEAR_CHOICE, "* of_last_tiles >= full", ">= full", CHOICE),
+    Mutant(
+        "waves with a mask as full as without",
+        LINEAR_CHOICE,
+        "in_features, _FULL_DRAWN)",
+        "in_features, _FULL)",
         CHOICE,
     ),
     Mutant("a panel kept from more rows", LINEAR_CHOICE, "rows < _FEWEST_ROWS or (not trains", "(not trains", CHOICE),
@@ -302,8 +322,6 @@ MUTANTS = (
         ONE_LAUNCH_PATH,
     ),
     Mutant("one piece of many parts", DECODE, "start_r + tl.arange(0, SUM_R)", "tl.arange(0, SUM_R)", ONE_LAUNCH),
-    Mutant("small tiles for masks of any rows", PANEL, "2 * cdiv(M, tile.block_m)", "cdiv(0, tile.block_m)", TABLES),
-    Mutant("small tiles in spite of a table", PANEL, " and tiles is HOPPER", "", TABLES),
     Mutant(
         "xa of many ranks unscaled",
         FUSED,
@@ -311,8 +329,36 @@ MUTANTS = (
         "undrawn_panel(x, lora_A.t(), 1.02 * scaling)",
         MANY_RANKS,
     ),
-    Mutant("masked xa of many ranks unscaled", FUSED, "scaling / dropout.keep_probability", "scaling", MANY_RANKS),
-    Mutant("masked xa of many ranks without its mask", FUSED, "undrawn_panel(dropped,", "undrawn_panel(x,", MANY_RANKS),
+    Mutant("a panel of a mask drawn alone unscaled", FUSED, "scale / dropout.keep_probability", "scale", DRAWN),
+    Mutant("a panel without a mask drawn alone", FUSED, "undrawn_panel(dropped,", "undrawn_panel(left,", DRAWN),
+    Mutant("masks within a byte", SPLIT_PANEL, "dropout.column_offset % 8 != 0 or", "", DRAWN),
+    Mutant("masks of any ranks", SPLIT_PANEL, " or factor.shape[1] > _MOST_DRAWN_RANKS", "", DRAWN),
+    Mutant("a mask's panel unscaled", SPLIT_PANEL, "scale /= dropout.keep_probability", "pass", DRAWN),
+    Mutant("a panel without its mask", SPLIT_PANEL, "left = kept(keep, left)", "pass", DRAWN),
+    Mutant("a mask without its rows' offset", SPLIT_PANEL, "rows + row_offset, first", "rows, first", DRAWN),
+    Mutant("a mask without its columns' offset", SPLIT_PANEL, " + column_offset + start", " + start", DRAWN),
+    Mutant(
+        "a mask's columns by part", SPLIT_PANEL, "+ column_offset + start", "+ column_offset + start - first", DRAWN
+    ),
+    Mutant("bits past the last row", SPLIT_PANEL, "M - first_row, 0)", "BLOCK_M, 0)", DRAWN_ADDRESSES),
+    Mutant(
+        "bits past the last column",
+        SPLIT_PANEL,
+        "stored[:, None] & in_columns[None, :]",
+        "stored[:, None]",
+        DRAWN_ADDRESSES,
+    ),
+    Mutant("a mask's parts without a step", SPLIT_PANEL, ", cdiv(I, tile.block_i))\n", ", 16)\n", DRAWN),
+    Mutant("a mask's tile of many rows for all", SPLIT_PANEL, "and 2 * tiles > processors(device)", "", DRAWN),
+    Mutant("a mask's large programs as many", SPLIT_PANEL, "(4 if small else 2)", "4", DRAWN),
+    Mutant("a forward's mask drawn alone", FUSED, " or split_panel.takes(x, lora_A.t(), dropout)", "", DRAWN),
+    Mutant(
+        "an unfused masked panel unscaled",
+        UNFUSED,
+        "lora_A.t(), scaling, dropout)",
+        "lora_A.t(), 1.02 * scaling, dropout)",
+        UNFUSED_HALF,
+    ),
     Mutant(
         "dyb of many ranks unscaled", FUSED, "(dy, lora_B, scaling, xa)", "(dy, lora_B, 1.02 * scaling, xa)", MANY_RANKS
     ),
@@ -858,14 +904,14 @@ MUTANTS = (
     Mutant("backwards kept for ever", OPS, "if len(self.backwards) < _MOST_BACKWARDS:", "if True:", KNOWN),
     Mutant("an output that is a view", OPS, "torch.ops.aten._unsafe_view(y, (", "torch.Tensor.view(y, (", KNOWN),
     Mutant("rows copied on both ways", OPS, "x.dim() > 2 and x.is_contiguous()", "x.dim() > 2", KNOWN),
-    Mutant("a panel's parts unscaled", PLAIN_PANEL, "(acc * scale)", "acc", UNMASKED),
-    Mutant("a panel's part left out", PLAIN_PANEL, "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", UNMASKED),
-    Mutant("a panel's parts each the first", PLAIN_PANEL, "first = split * steps * BLOCK_I", "first = 0", UNMASKED),
-    Mutant("a panel's counts left", PLAIN_PANEL, "tl.store(arrived_ptr + tile, 0)", "pass", UNMASKED),
-    Mutant("a panel's rows past the last", PLAIN_PANEL, "(rows[:, None] < M) & ", "", UNMASKED_ADDRESSES),
-    Mutant("a panel by a factor of another dtype", PLAIN_PANEL, "and left.dtype == factor.dtype", "", UNMASKED),
-    Mutant("a panel of what cannot be read", PLAIN_PANEL, "and describable(left)\n", "", UNMASKED),
-    Mutant("a large panel not cuBLAS's", FUSED, "if not large and plain", "if plain", UNMASKED),
+    Mutant("a panel's parts unscaled", SPLIT_PANEL, "(acc * scale)", "acc", UNMASKED),
+    Mutant("a panel's part left out", SPLIT_PANEL, "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", UNMASKED),
+    Mutant("a panel's parts each the first", SPLIT_PANEL, "first = split * steps * BLOCK_I", "first = 0", UNMASKED),
+    Mutant("a panel's counts left", SPLIT_PANEL, "tl.store(arrived_ptr + tile, 0)", "pass", UNMASKED),
+    Mutant("a panel's rows past the last", SPLIT_PANEL, "(rows[:, None] < M) & ", "", UNMASKED_ADDRESSES),
+    Mutant("a panel by a factor of another dtype", SPLIT_PANEL, "and left.dtype == factor.dtype", "", UNMASKED),
+    Mutant("a panel of what cannot be read", SPLIT_PANEL, "and describable(left)\n", "", UNMASKED),
+    Mutant("a large panel not cuBLAS's", FUSED, "if not large and split_panel", "if split_panel", UNMASKED),
     Mutant("a descriptor without a context", LAUNCH, "torch.cuda.mem_get_info()", "pass", UNMASKED),
     Mutant(
         "what lies between columns its own",
@@ -877,15 +923,16 @@ MUTANTS = (
     Mutant("what lies otherwise its own", SPANS, "tensor.stride() == each.stride() and all", "all", RECORDED),
     Mutant("what reaches out its own", REPLAY, "pointer and end <= last and whole", "pointer and whole", RECORDED),
     Mutant(
-        "a panel's parts in another order", PLAIN_PANEL, "+ s * (BLOCK_M", "+ (SPLITS - 1 - s) * (BLOCK_M", UNMASKED
+        "a panel's parts in another order", SPLIT_PANEL, "+ s * (BLOCK_M", "+ (SPLITS - 1 - s) * (BLOCK_M", UNMASKED
     ),
     Mutant(
         "a panel by another scaling's key",
-        PLAIN_PANEL,
-        "(tile, transposed, splits, scale)",
-        "(tile, transposed, splits)",
+        SPLIT_PANEL,
+        "(tile, transposed, splits, scale, *",
+        "(tile, transposed, splits, *",
         KEYS,
     ),
+    Mutant("a panel by another mask's key", SPLIT_PANEL, "scale, *dropout_facts(dropout))", "scale)", KEYS),
     Mutant("a tile of panels not looked at", TUNING, "*gradients, *alone", "*gradients", TRIALS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )

@@ -310,7 +310,7 @@ def test_profilers_see_each_kernels_work() -> None:
         lora_linear(*problem.arguments()[:4]).backward(problem.dy)
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(remember)
-    assert set(seen) == {"plain_panel", "fused_linear", "adapter_grad", "reduce"}
+    assert set(seen) == {"split_panel", "fused_linear", "adapter_grad", "reduce"}
     # The last GEMM is dx: 64 x 256 by 256 x 128, and the rank on top.
     assert seen["fused_linear"]["flops16"] == 2 * 64 * 128 * (256 + 8)
     assert all(work["bytes"] > 0 for work in seen.values())

@@ -25,8 +25,8 @@ from fused_lora.kernels import (
     narrow,
     own_panel,
     panel,
-    plain_panel,
     reduce,
+    split_panel,
 )
 from fused_lora.kernels import launch as module
 
@@ -41,7 +41,7 @@ LAUNCHERS = (
     mask,
     narrow,
     panel,
-    plain_panel,
+    split_panel,
     reduce,
 )
 
@@ -123,12 +123,13 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
                     linear(rows, r, dtypes, wanted, p, pattern, scaling)
     with fused_lora.use_backend("unfused"):
         # What the copy engine can read, in one part and in several.
-        for splits, (rows, r, scaling) in product(
-            (1, 4), ((5, 8, 0.5), (5, 8, 0.5), (5, 16, 0.5), (5, 8, 0.25), (21, 8, 0.5))
+        for splits, p, (rows, r, scaling) in product(
+            (1, 4), (0.0, 0.5, 0.25), ((5, 8, 0.5), (5, 8, 0.5), (5, 16, 0.5), (5, 8, 0.25), (21, 8, 0.5))
         ):
-            tile = plain_panel._INTERPRETED[0]
-            monkeypatch.setattr(plain_panel, "layout_of", lambda *_, layout=(tile, splits): layout)
-            linear(rows, r, HALF, "xAB", 0.0, (True,), scaling, K=64, N=48)
+            plain, drawn = (split_panel._INTERPRETED[0], splits), (split_panel._DRAWN_INTERPRETED, splits)
+            monkeypatch.setattr(split_panel, "layout_of", lambda *_, layout=plain: layout)
+            monkeypatch.setattr(split_panel, "drawn_layout_of", lambda *_, layout=drawn: layout)
+            linear(rows, r, HALF, "xAB", p, (True,), scaling, K=64, N=48)
     with fused_lora.use_backend("triton"):
         # Of so many outputs, the tiles compute the panel.
         for dtypes, pattern in product((HALF, MIXED), ((True,), (True, False, True))):

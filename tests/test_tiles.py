@@ -15,7 +15,6 @@ import torch
 from fused_lora.kernels import config, lookup
 from fused_lora.kernels.config import HOPPER, INTERPRETER, PanelTile, Tiles
 from fused_lora.kernels.tiles_file import Tuned, as_json, read_tiles, slug
-from fused_lora.reference import Dropout
 
 NAME = "NVIDIA H200 (test)"
 
@@ -216,28 +215,3 @@ def test_use_tiles_restores_what_was_before() -> None:
 def test_every_table_that_ships_is_whole_and_has_its_gpus_name() -> None:
     for path in lookup.SHIPPED.glob("*"):
         assert path.name == f"{slug(read_tiles(path).device)}.json"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="gives the interpreter a GPU's table, unused on a GPU")
-def test_a_mask_of_few_rows_is_drawn_by_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
-    from fused_lora.kernels import panel
-
-    seen: list[dict[str, int]] = []
-    monkeypatch.setattr(panel, "processors", lambda device: 132)
-    monkeypatch.setattr(panel, "launch", lambda kernel, tensors, facts, arguments, made: seen.append(arguments()[1]))
-
-    def rows_of_tile(rows: int, r: int, drawn: bool, table: Tiles) -> int:
-        monkeypatch.setattr(panel, "tiles_for", lambda *sizes, **options: table)
-        dropout = Dropout(torch.zeros(1, dtype=torch.int64), 6554) if drawn else None
-        panel.panel(torch.zeros(rows, 16), torch.zeros(16, r), 1.0, dropout)
-        return seen.pop()["BLOCK_M"]
-
-    for r, tile in ((64, 32), (8, 16)):
-        assert config.HOPPER.drawn_panel[max(16, r)].block_m == tile
-        few = tile * 132 // 2
-        assert rows_of_tile(few, r, True, config.HOPPER) == 16
-        assert rows_of_tile(few + 1, r, True, config.HOPPER) == tile
-    # A table that somebody measured is taken as it is.
-    assert rows_of_tile(64, 64, True, replace(config.HOPPER)) == 32
-    assert rows_of_tile(64, 64, False, config.HOPPER) == config.HOPPER.panel[64].block_m

@@ -1,10 +1,11 @@
-"""A panel without a mask: against float64, whole or of parts, and that parts leave no trace."""
+"""A panel by the copy engine: against float64, with a mask and without, of parts, and that parts leave no trace."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import threading
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no kernels")
 
-from fused_lora import fused, reference
-from fused_lora.kernels import config, launch, plain_panel
+from fused_lora import fused, reference, unfused
+from fused_lora.kernels import config, launch, split_panel
 from fused_lora.kernels.flags import flags_for
+from fused_lora.reference import Dropout, dropout_threshold
 
 SIZES = [(1, 16, 16), (33, 48, 8), (50, 96, 64), (17, 160, 40), (100, 528, 136), (300, 64, 128), (256, 1024, 16)]
 
@@ -27,8 +29,13 @@ def problem(M: int, K: int, R: int, backward: bool, dtype: torch.dtype, device: 
 
 
 def in_parts(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    layout_of = plain_panel.layout_of
-    monkeypatch.setattr(plain_panel, "layout_of", lambda *of: (layout_of(*of)[0], splits))
+    for name in ("layout_of", "drawn_layout_of"):
+        layout_of = getattr(split_panel, name).__wrapped__
+        monkeypatch.setattr(split_panel, name, lambda *of, layout_of=layout_of: (layout_of(*of)[0], splits))
+
+
+def mask_of(device: str, row_offset: int = 0, column_offset: int = 0) -> Dropout:
+    return Dropout(torch.tensor([2**61 + 7], device=device), dropout_threshold(0.3), row_offset, column_offset)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,37 +52,72 @@ def test_against_float64(
 ) -> None:
     in_parts(monkeypatch, splits)
     left, factor = problem(*sizes, backward, dtype, device)
-    assert plain_panel.takes(left, factor)
+    assert split_panel.takes(left, factor)
     expected = -1.5 * (left.double() @ factor.double())
-    found = plain_panel.plain_panel(left, factor, -1.5)
+    found = split_panel.split_panel(left, factor, -1.5)[0]
     by_torch = torch.addmm(left.new_empty(1), left, factor, beta=0, alpha=-1.5)
     bound = max(2 * (by_torch - expected).abs().max(), torch.finfo(dtype).eps * expected.abs().max())
     assert found.dtype == dtype and found.is_contiguous() and (found - expected).abs().max() <= bound
-    assert torch.equal(found, plain_panel.plain_panel(left, factor, -1.5))
+    assert torch.equal(found, split_panel.split_panel(left, factor, -1.5)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# The interpreter has one tile for masks.
+@pytest.mark.parametrize("many", [False, True] if torch.cuda.is_available() else [False])
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("sizes", [(1, 16, 16), (33, 48, 8), (50, 160, 64), (70, 272, 128), (130, 528, 40)], ids=str)
+@pytest.mark.parametrize(("row_offset", "column_offset"), [(0, 0), (2**33 + 5, 2**34 + 8)])
+def test_with_a_mask_against_float64(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    sizes: tuple[int, int, int],
+    splits: int,
+    many: bool,
+    dtype: torch.dtype,
+    row_offset: int,
+    column_offset: int,
+) -> None:
+    """Bits are the contract's, those of the last columns too, and what is dropped is never multiplied."""
+    monkeypatch.setattr(split_panel, "processors", lambda device: 1 if many else 2**20)
+    in_parts(monkeypatch, splits)
+    left, factor = problem(*sizes, splits == 2, dtype, device)
+    dropout = mask_of(device, row_offset, column_offset)
+    keep = dropout.mask(*left.shape)
+    left = left.where(keep, torch.nan)
+    assert split_panel.takes(left, factor, dropout)
+    found, bits = split_panel.split_panel(left, factor, -1.5, dropout)
+    assert bits is not None and torch.equal(bits, dropout.bits(*left.shape))
+    kept, scale = left.where(keep, 0), -1.5 / dropout.keep_probability
+    expected = scale * (kept.double() @ factor.double())
+    by_torch = torch.addmm(left.new_empty(1), kept, factor, beta=0, alpha=scale)
+    bound = max(2 * (by_torch - expected).abs().max(), torch.finfo(dtype).eps * expected.abs().max())
+    assert found.dtype == dtype and (found - expected).abs().max() <= bound
+    assert torch.equal(found, split_panel.split_panel(left, factor, -1.5, dropout)[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 @pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("sizes", [(1, 16, 16), (33, 48, 8), (50, 96, 72)], ids=str)
 def test_every_address_is_one_of_its_arguments(
-    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], splits: int, backward: bool
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], splits: int, drawn: bool, backward: bool
 ) -> None:
     from interpreter import checked_addresses
 
     in_parts(monkeypatch, splits)
     left, factor = problem(*sizes, backward, torch.bfloat16, "cpu")
     with checked_addresses() as counts:
-        plain_panel.plain_panel(left, factor, 1.0)
+        split_panel.split_panel(left, factor, 1.0, mask_of("cpu") if drawn else None)
     assert counts["launches"] == 1
 
 
 def test_it_reads_columns_and_rows_of_something_larger(device: str) -> None:
     wide, factors = torch.randn(40, 160, device=device).half(), torch.randn(96, 64, device=device).half()
     left, factor = wide[3:, 32:128], factors[:, 16:56]
-    assert plain_panel.takes(left, factor)
-    expected = plain_panel.plain_panel(left.contiguous(), factor.contiguous(), 1.0)
-    assert torch.equal(plain_panel.plain_panel(left, factor, 1.0), expected)
+    assert split_panel.takes(left, factor)
+    expected = split_panel.split_panel(left.contiguous(), factor.contiguous(), 1.0)[0]
+    assert torch.equal(split_panel.split_panel(left, factor, 1.0)[0], expected)
     assert (expected - left.double() @ factor.double()).abs().max() < 0.05
 
 
@@ -86,17 +128,17 @@ def test_parts_are_added_in_their_order(monkeypatch: pytest.MonkeyPatch, device:
     for part, value in enumerate((4096.0, 1.0, -4096.0, 1.0)):
         left[:, 64 * part] = value
         factor[64 * part] = abs(value)
-    assert torch.equal(plain_panel.plain_panel(left, factor, 1.0), left.new_full((20, 8), 1.0))
+    assert torch.equal(split_panel.split_panel(left, factor, 1.0)[0], left.new_full((20, 8), 1.0))
 
 
 def test_parts_leave_words_at_zero(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """A part that is infinite, and one that is missing where programs run out of steps, come to light."""
     in_parts(monkeypatch, 8)
     given: list[Tensor] = []
-    monkeypatch.setattr(plain_panel, "flags_for", lambda *of: given.append(flags_for(*of)) or given[-1])
+    monkeypatch.setattr(split_panel, "flags_for", lambda *of: given.append(flags_for(*of)) or given[-1])
     left, factor = problem(70, 16 * 7, 24, False, torch.bfloat16, device)
     left[5, 16 * 6] = torch.inf
-    found = plain_panel.plain_panel(left, factor, 1.0)
+    found = split_panel.split_panel(left, factor, 1.0)[0]
     expected = left.double() @ factor.double()
     assert torch.equal(found.isfinite(), expected.isfinite())
     kept = found.isfinite()
@@ -120,11 +162,40 @@ def test_parts_leave_words_at_zero(monkeypatch: pytest.MonkeyPatch, device: str)
 def test_the_tile_and_parts_that_took_the_least_time_on_an_h200(
     monkeypatch: pytest.MonkeyPatch, M: int, K: int, R: int, rows: int, splits: int
 ) -> None:
-    monkeypatch.setattr(plain_panel, "processors", lambda device: 132)
-    plain_panel.layout_of.cache_clear()
-    tile, found = plain_panel.layout_of(torch.device("cuda"), M, K, R)
+    monkeypatch.setattr(split_panel, "processors", lambda device: 132)
+    split_panel.layout_of.cache_clear()
+    tile, found = split_panel.layout_of(torch.device("cuda"), M, K, R)
     assert (tile.block_m, found) == (rows, splits)
-    plain_panel.layout_of.cache_clear()
+    split_panel.layout_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "R", "warps", "splits"),
+    [
+        (8192, 4096, 16, 2, 2),
+        (4096, 14336, 16, 2, 4),
+        (2048, 4096, 16, 4, 8),
+        (512, 4096, 32, 4, 16),
+        (16384, 4096, 8, 2, 1),
+        (8192, 14336, 64, 2, 2),
+        (4096, 4096, 33, 2, 4),
+        (2048, 4096, 64, 4, 4),
+        (512, 4096, 64, 4, 8),
+        (8192, 4096, 128, 4, 1),
+        (4096, 14336, 65, 4, 2),
+        (128, 4096, 128, 4, 8),
+        (128, 512, 8, 4, 4),
+        (8192, 128, 8, 2, 1),
+    ],
+)
+def test_the_tile_and_parts_of_a_mask(
+    monkeypatch: pytest.MonkeyPatch, M: int, K: int, R: int, warps: int, splits: int
+) -> None:
+    """Those that took the least time on an H200, or a few per cent more."""
+    monkeypatch.setattr(split_panel, "processors", lambda device: 132)
+    tile, found = split_panel.drawn_layout_of.__wrapped__(torch.device("cuda"), M, K, R)
+    assert (tile.num_warps, found) == (warps, splits)
+    assert tile.block_r(R) >= R
 
 
 def refused(device: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -145,18 +216,61 @@ def refused(device: str) -> dict[str, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("case", refused("cpu"))
 def test_what_the_copy_engine_cannot_read_is_cublass(device: str, case: str) -> None:
     left, factor = refused(device)[case]
-    assert not plain_panel.takes(left, factor)
+    assert not split_panel.takes(left, factor)
     found = fused.undrawn_panel(left, factor, 0.5)
     expected = 0.5 * (left.double() @ factor.double())
     assert found.shape == expected.shape and found.dtype == left.dtype
     assert expected.numel() == 0 or (found - expected).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("case", [*refused("cpu"), "many ranks", "a column within a byte", "nothing"])
+def test_a_mask_is_drawn_alone_where_the_copy_engine_cannot_read_or_it_would_be_drawn_twice(
+    monkeypatch: pytest.MonkeyPatch, device: str, case: str
+) -> None:
+    taken = {
+        "many ranks": problem(33, 48, 136, False, torch.float16, device),
+        "a column within a byte": problem(33, 48, 8, False, torch.float16, device),
+        "nothing": problem(33, 48, 128, False, torch.float16, device),
+    }
+    left, factor = (refused(device) | taken)[case]
+    dropout = mask_of(device, column_offset=3 if case == "a column within a byte" else 8)
+    alone: list[Tensor] = []
+    drop = fused.mask.drop
+    monkeypatch.setattr(fused.mask, "drop", lambda x, dropout: alone.append(x) or drop(x, dropout))
+    found, bits = fused.drawn_panel(left, factor, 0.5, dropout)
+    # What is merely in another dtype is converted.
+    assert bool(alone) == (case not in ("nothing", "another dtype"))
+    assert torch.equal(bits, dropout.bits(*left.shape))
+    kept = left.double().where(dropout.mask(*left.shape), 0)
+    expected = 0.5 / dropout.keep_probability * (kept @ factor.double())
+    assert found.shape == expected.shape and found.dtype == left.dtype
+    assert expected.numel() == 0 or (found - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("path", [fused, unfused], ids=["fused", "unfused"])
+@pytest.mark.parametrize(("r", "K"), [(8, 48), (72, 48), (8, 40)])
+def test_a_forward_draws_its_mask_and_its_panel_at_once(
+    monkeypatch: pytest.MonkeyPatch, device: str, path: ModuleType, r: int, K: int
+) -> None:
+    at_once: list[tuple[Dropout, ...]] = []
+    real = split_panel.split_panel
+    monkeypatch.setattr(split_panel, "split_panel", lambda *of: (at_once.append(of[3:]), real(*of))[1])
+    x, weight = torch.randn(40, K, device=device).half(), torch.randn(64, K, device=device).half() * K**-0.5
+    lora_A, lora_B = torch.randn(r, K, device=device).half() * K**-0.5, torch.randn(64, r, device=device).half()
+    dropout = mask_of(device)
+    _, xa, bits = path.forward(x, weight, None, lora_A, lora_B, scaling=0.5, dropout=dropout)
+    assert ((dropout,) in at_once) == (K % 16 == 0)
+    _, exact, same = reference.forward(
+        x.double(), weight.double(), None, lora_A.double(), lora_B.double(), scaling=0.5, dropout=dropout
+    )
+    assert torch.equal(bits, same) and (xa - exact).abs().max() < 0.02
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the interpreter's table, unused on a GPU")
 def test_a_table_without_the_copy_engine_leaves_it_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     left, factor = problem(32, 64, 16, False, torch.bfloat16, "cpu")
-    monkeypatch.setattr(plain_panel, "tiles_for", lambda *_: config.AMPERE)
-    assert not plain_panel.takes(left, factor)
+    monkeypatch.setattr(split_panel, "tiles_for", lambda *_: config.AMPERE)
+    assert not split_panel.takes(left, factor)
 
 
 @pytest.mark.parametrize(("ranks", "read", "plain"), [(64, 0, True), (72, 0, False), (72, 40 * 64, True)])
@@ -182,19 +296,19 @@ def test_float32_factors_are_rounded_to_the_rows_dtype(device: str) -> None:
 def test_what_a_profiler_is_told() -> None:
     left, factor, panel = torch.empty(8, 64).half(), torch.empty(4, 64).half(), torch.empty(8, 4).half()
     arguments: dict[str, Any] = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": panel, "I": 64}
-    work = plain_panel._work(None, None, arguments)
-    assert work == {"name": "plain_panel", "flops16": 2 * 8 * 64 * 4, "bytes": 2 * (8 * 64 + 4 * 64 + 8 * 4)}
+    work = split_panel._work(None, None, arguments)
+    assert work == {"name": "split_panel", "flops16": 2 * 8 * 64 * 4, "bytes": 2 * (8 * 64 + 4 * 64 + 8 * 4)}
 
 
 COLD = """
 import threading, torch
-from fused_lora.kernels.plain_panel import plain_panel
+from fused_lora.kernels.split_panel import split_panel
 left, factor = torch.randn(64, 256, device="cuda").half(), torch.randn(256, 16, device="cuda").half()
 torch.cuda.synchronize()
 found = []
 
 def launch():
-    found.append(plain_panel(left, factor, 1.0))
+    found.append(split_panel(left, factor, 1.0)[0])
 
 def capture():
     graph = torch.cuda.CUDAGraph()
