@@ -91,6 +91,7 @@ def linear(
     scaling: float,
     K: int = 24,
     N: int = 36,
+    row_offset: int = 5,
 ) -> None:
     """A layer, forward and as much of its backward as is wanted."""
     dtype, adapter_dtype = dtypes
@@ -98,7 +99,7 @@ def linear(
     x, weight = torch.randn(rows, K).to(dtype), torch.randn(N, K).to(dtype)
     lora_A, lora_B = (torch.randn(*s).to(adapter_dtype) for s in ((enabled * r, K), (N // len(pattern) * enabled, r)))
     leaves = [t.requires_grad_() for t, name in ((x, "x"), (lora_A, "A"), (lora_B, "B")) if name in wanted]
-    options = {"scaling": scaling, "dropout_p": p, "training": True, "row_offset": rows, "enable_lora": pattern}
+    options = {"scaling": scaling, "dropout_p": p, "training": True, "row_offset": row_offset, "enable_lora": pattern}
     y = lora_linear(x, weight, lora_A, lora_B, seed=rows, **options)
     if leaves:
         torch.autograd.grad(y, leaves, torch.ones_like(y))
@@ -130,6 +131,7 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
             monkeypatch.setattr(split_panel, "layout_of", lambda *_, layout=plain: layout)
             monkeypatch.setattr(split_panel, "drawn_layout_of", lambda *_, layout=drawn: layout)
             linear(rows, r, HALF, "xAB", p, (True,), scaling, K=64, N=48)
+            linear(rows, r, HALF, "xAB", p, (True,), scaling, K=64, N=48, row_offset=6)
     with fused_lora.use_backend("triton"):
         # Of so many outputs, the tiles compute the panel.
         for dtypes, pattern in product((HALF, MIXED), ((True,), (True, False, True))):
