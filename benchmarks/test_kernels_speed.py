@@ -68,6 +68,7 @@ def forward_calls(layer: Layer) -> dict[str, Call]:
         "panel": lambda: panel.panel(x, lora_A.T, layer.scaling, None),
         "undrawn_panel": lambda: fused.undrawn_panel(x, lora_A.T, layer.scaling),
         "panel, dropout": lambda: panel.panel(x, lora_A.T, layer.scaling, dropout),
+        "drawn_panel": lambda: fused.drawn_panel(x, lora_A.T, layer.scaling, dropout),
         "fused_linear.forward": lambda: fused_linear.forward(x, weight, None, xa, lora_B),
         "forward": whole(None),
         "forward, dropout": whole(dropout),
@@ -145,7 +146,8 @@ def update_calls(layer: Layer) -> dict[str, Call]:
     }
 
 
-FORWARD = ("panel", "undrawn_panel", "panel, dropout", "fused_linear.forward", "forward", "forward, dropout")
+PANELS = ("panel", "undrawn_panel", "panel, dropout", "drawn_panel")
+FORWARD = (*PANELS, "fused_linear.forward", "forward", "forward, dropout")
 GRADIENTS = ("grad_panels", "grad_input", "grad_input, dropout", "grad_lora_A", "grad_lora_A, dropout")
 BACKWARD = (*GRADIENTS, "backward", "backward, dropout")
 IN_ONE_LAUNCH = ("decode", "decode, dropout", "decode, backward", "decode, backward, dropout")

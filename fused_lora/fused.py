@@ -81,6 +81,15 @@ def drawn_panel(left: Tensor, factor: Tensor, scale: float, dropout: Dropout) ->
     return undrawn_panel(dropped, factor, scale / dropout.keep_probability), bits
 
 
+def _copied(x: Tensor, dropout: Dropout) -> bool:
+    """Whether x is for the copy engine, or for a mask and a product of their own if it lies so that it cannot be read.
+
+    For the addresses of rows that are not aligned panel.py has no registers.
+    """
+    regular = x.shape[1] % 16 == 0 and dropout.column_offset % 8 == 0
+    return regular and tiles_for(x.device, x.dtype, x.shape[1]).linear.descriptors
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -104,7 +113,7 @@ def forward(
         ranks, half = len(lora_A), x.dtype.itemsize == 2
         if dropout is None and half and (ranks > _FEW_RANKS or split_panel.takes(x, lora_A.t())):
             xa, bits = undrawn_panel(x, lora_A.t(), scaling), None
-        elif dropout is not None and half and (ranks > _FEW_MASKED_RANKS or split_panel.takes(x, lora_A.t(), dropout)):
+        elif dropout is not None and half and (ranks > _FEW_MASKED_RANKS or _copied(x, dropout)):
             xa, bits = drawn_panel(x, lora_A.t(), scaling, dropout)
         else:
             xa, bits = panel.panel(x, lora_A.T, scaling, dropout)

@@ -173,14 +173,17 @@ class _Layer:
         )
 
     def results(self, module: ModuleType, dtype: torch.dtype, dropout: Dropout | None) -> tuple[Tensor, ...]:
-        """y, xa, dx, da, db, and the bits of the mask or, without, both panels; by fused or reference in dtype."""
+        """y, xa, dx, da, db, the bits of the mask, and panels by `panel`; by fused or reference in dtype.
+
+        Where the copy engine reads them, the layer's panels are another kernel's.
+        """
         x, dy, weight, A, B = (t.to(dtype) for t in (self.x, self.dy, self.weight, self.lora_A, self.lora_B))
         y, xa, bits = module.forward(x, weight, None, A, B, scaling=1.0, dropout=dropout)
         options = {"bits": bits, "scaling": 1.0, "dtype": dtype, "enable_lora": (True,)}
         gradients = module.backward(dy, x, weight, A, B, xa, **options)
-        if bits is not None:
-            return y, xa, *gradients, bits
-        # Where the copy engine reads them, the layer's panels are another kernel's.
+        if dropout is not None:
+            drawn = (xa, bits) if module is reference else panel.panel(x, A.T, 1.0, dropout)
+            return y, xa, *gradients, bits, *drawn  # type: ignore[return-value]
         panels = [(x, A.T, 1.0), (dy, B, 1.0)]
         alone = [reference.product(*of) if module is reference else panel.panel(*of)[0] for of in panels]
         return y, xa, *gradients, *alone

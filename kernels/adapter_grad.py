@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ._accumulate import accumulate
 from ._dropout import bit_ptrs, in_bits, kept_by_bits
 from ._slices import enabled_columns, enabled_slice, slice_arguments
-from .config import AdapterGradTile, rank_block, scaled
+from .config import HOPPER, AdapterGradTile, rank_block, scaled
 from .launch import cdiv, input_precision, launch, stated_work, strides
 from .lookup import tiles_for
 from .panel import panel as compute_panel
@@ -31,8 +31,12 @@ from .reduce import reduce
 
 # Beyond this rank the partial sums of dyb weigh more than a second read of dy; measured in benchmarks/NOTES.md.
 FUSED_RANK = 32
+# Instead of Hopper's first one, for db with dyb where so many columns fill the multiprocessors all the same.
+WIDE, FEWEST_WIDE_COLUMNS, MOST_WIDE_RANKS = AdapterGradTile(64, 512, 8, 3, 132), 8192, 16
 # Of so many, a masked gradient takes less time beside a GEMM if it is not divided, which spares the sum.
 FEW_ROWS = 1024
+# And of more, of up to so many ranks, if no program has more than these: what room a GEMM leaves comes bit by bit.
+MOST_MASKED_ROWS, FEW_MASKED_RANKS = 2048, 64
 
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -159,10 +163,12 @@ def _launch(
     block_r = rank_block(R)
     grid_i, grid_r = cdiv(I, tile.block_i), cdiv(R, block_r)
     steps = cdiv(M, tile.block_m)
-    programs = tile.programs
+    most = max(1, tile.programs // (enabled * grid_i * grid_r))
     if bits is not None and scaled(FEW_ROWS, left.device) >= M:
-        programs = 1
-    rows = tile.block_m * cdiv(steps, min(steps, max(1, programs // (enabled * grid_i * grid_r))))
+        most = 1
+    elif bits is not None and R <= FEW_MASKED_RANKS:
+        most = max(most, cdiv(M, scaled(MOST_MASKED_ROWS, left.device)))
+    rows = tile.block_m * cdiv(steps, min(steps, most))
     splits = cdiv(M, rows)
     shape = (splits, R, enabled * I) if transposed else (splits, enabled * I, R)
     grad = left.new_empty(shape, dtype=torch.float32 if splits > 1 else dtype)
@@ -211,7 +217,11 @@ def grad_panels(
     overlaps: whether sums may be launched while what they add up is still computed.
     """
     if lora_B is not None and xa is not None and dy.numel() > 0 and lora_B.shape[1] <= FUSED_RANK:
-        tile = tiles_for(dy.device, dy.dtype, dy.shape[1] // len(enable_lora)).adapter_grad[rank_block(lora_B.shape[1])]
+        columns, ranks = dy.shape[1] // len(enable_lora), lora_B.shape[1]
+        tiles = tiles_for(dy.device, dy.dtype, columns)
+        tile = tiles.adapter_grad[rank_block(ranks)]
+        if tiles is HOPPER and columns >= FEWEST_WIDE_COLUMNS and ranks <= MOST_WIDE_RANKS:
+            tile = WIDE
         db, dyb = _launch(dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False, followed=overlaps)
         assert dyb is not None
         return reduce(dyb, dy.dtype, scaling, (db, dtype), beside=overlaps)

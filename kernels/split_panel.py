@@ -70,8 +70,8 @@ _SPLITS = (1, 2, 4, 8, 16)
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     left, factor = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "factor_ptr"))
-    panel = args["panel_ptr"]
-    return stated_work("split_panel", 2.0 * panel.numel() * args["I"], left, factor, panel, dtype=left.dtype)
+    panel, flops = args["panel_ptr"], 2.0 * args["panel_ptr"].numel() * args["I"]
+    return stated_work("split_panel", flops, left, factor, panel, args["bits_ptr"], dtype=left.dtype)
 
 
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "stride_bm", "threshold", "row_offset", "column_offset"])
@@ -96,8 +96,8 @@ def _split_panel_kernel(
     if seed_ptr is not None:
         # In the loop, it would be read in each step, and what follows from it alone computed.
         seed = tl.load(seed_ptr)
-        # The first piece of the ranks stores the bits for all of them. In 32 bits: every row of every step is compared.
-        stored = tl.arange(0, BLOCK_M) < tl.where(tl.program_id(1) == 0, M - first_row, 0).to(tl.int32)
+        # In 32 bits: every row of every step is compared.
+        stored = tl.arange(0, BLOCK_M) < tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(first, tl.minimum(first + steps * BLOCK_I, I), BLOCK_I):
         left = left_ptr.load([first_row, start])

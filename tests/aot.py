@@ -79,6 +79,7 @@ WIDTHS = (1024, 4096, 14336)
 CASES = [
     Case("bfloat16", "bfloat16", 16),
     Case("bfloat16", "float32", 16, dropout=True),
+    Case("bfloat16", "float32", 16, shape=(8192, 4096, 14336)),
     Case("float16", "float16", 33, dropout=True, shape=(8192, 4096, 1008)),
     Case("bfloat16", "float32", 64, dropout=True, fan_in_fan_out=True),
     Case("bfloat16", "bfloat16", 64),
@@ -185,6 +186,13 @@ def own_panel_tile_as_on_a_gpu(capability: int, device: torch.device, *arguments
 TILE_OF = own_panel.tile_of
 
 
+def drawn_layout_as_on_a_gpu(device: torch.device, *sizes: int) -> tuple[split_panel.SplitPanelTile, int]:
+    return DRAWN_LAYOUT_OF(torch.device("cuda", 0), *sizes)
+
+
+DRAWN_LAYOUT_OF = split_panel.drawn_layout_of
+
+
 def assembler_report(ptx: str, capability: int) -> dict[str, Any]:
     assembler = get_ptxas(capability).path
     name = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
@@ -250,7 +258,7 @@ def compile_case(case: Case) -> None:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoGPU(capability))
-    for module in (first_wave, panel, split_panel):
+    for module in (first_wave, split_panel):
         module.processors = lambda device: 132
     for module in (fused, unfused, adapter_grad):
         module.scaled = lambda rows, device: rows
@@ -261,6 +269,7 @@ def main(capability: int) -> None:
     for module in (first_wave, fused, fused_linear, panel, split_panel, adapter_grad, low_rank_update):
         module.tiles_for = partial(as_on_a_gpu, capability)
     split_panel._tiles_for = lambda device: split_panel._TILES
+    split_panel.drawn_layout_of = drawn_layout_as_on_a_gpu
     fused.overlaps = lambda device: capability in (90, 100)
     own_panel.tile_of = partial(own_panel_tile_as_on_a_gpu, capability)
     decoding.decode_tile = partial(decode_tile_as_on_a_gpu, capability)
@@ -310,7 +319,7 @@ def main(capability: int) -> None:
         of_many = [tile for most, tile in split_panel._DRAWN_OF_MANY.items() if case.r <= most]
         for layout in product([split_panel._DRAWN, *of_many[:1]], split_panel._SPLITS):
             split_panel.drawn_layout_of = lambda *_, layout=layout: layout
-            split_panel.split_panel(x, lora_A.T, 2.0, dropout)
+            split_panel.split_panel(x, lora_B if case.fan_in_fan_out else lora_A.T, 2.0, dropout)
     # Tiles that leave no room for all that the table's do.
     table = config.TABLES.get(capability, config.SAFE)
     tight = replace(table, linear=replace(table.linear, num_stages=table.linear.num_stages + 1))

@@ -116,6 +116,7 @@ BATCHES = ("tests/test_direct.py", "-k", "batch")
 CHOICE = ("tests/test_dispatch.py",)
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
+MASKED_TRIALS = ("tests/test_tuning.py", "-k", "for_masks and True")
 KEYS = ("tests/test_launch_keys.py",)
 AGAIN = ("tests/test_repeat.py",)
 FEW = ("tests/test_few_rows_grad.py",)
@@ -272,15 +273,15 @@ MUTANTS = (
     Mutant(
         "masks of any rows for few outputs",
         LINEAR_CHOICE,
-        "few_outputs = rows <= _FEW_DRAWN_ROWS and",
-        "few_outputs =",
+        "few_outputs = few_inputs and rows <= _FEW_DRAWN_ROWS and",
+        "few_outputs = few_inputs and",
         CHOICE,
     ),
     Mutant(
         "masks of few rows and many features",
         LINEAR_CHOICE,
-        "(decodes and in_features <= _MOST_DRAWN_FEATURES)",
-        "decodes",
+        "few_inputs = in_features <= _MOST_DRAWN_FEATURES",
+        "few_inputs = True",
         CHOICE,
     ),
     Mutant("masks of hundreds of ranks", LINEAR_CHOICE, "if ranks > _MOST_DRAWN_RANKS:", "if False:", CHOICE),
@@ -293,7 +294,7 @@ MUTANTS = (
         "few_outputs",
         CHOICE,
     ),
-    Mutant("last tiles of a few rows", LINEAR_CHOICE, "* of_last_tiles >= full", ">= full", CHOICE),
+    Mutant("waves of few rows with a mask", LINEAR_CHOICE, " if rows > _FEW_WAVED else choice", "", CHOICE),
     Mutant(
         "waves with a mask as full as without",
         LINEAR_CHOICE,
@@ -340,7 +341,13 @@ MUTANTS = (
     Mutant(
         "a mask's columns by part", SPLIT_PANEL, "+ column_offset + start", "+ column_offset + start - first", DRAWN
     ),
-    Mutant("bits past the last row", SPLIT_PANEL, "M - first_row, 0)", "BLOCK_M, 0)", DRAWN_ADDRESSES),
+    Mutant(
+        "bits past the last row",
+        SPLIT_PANEL,
+        "tl.minimum(M - first_row, BLOCK_M)",
+        "tl.minimum(M, BLOCK_M)",
+        DRAWN_ADDRESSES,
+    ),
     Mutant(
         "bits past the last column",
         SPLIT_PANEL,
@@ -351,7 +358,7 @@ MUTANTS = (
     Mutant("a mask's parts without a step", SPLIT_PANEL, ", cdiv(I, tile.block_i))\n", ", 16)\n", DRAWN),
     Mutant("a mask's tile of many rows for all", SPLIT_PANEL, "and 2 * tiles > processors(device)", "", DRAWN),
     Mutant("a mask's large programs as many", SPLIT_PANEL, "(4 if small else 2)", "4", DRAWN),
-    Mutant("a forward's mask drawn alone", FUSED, " or split_panel.takes(x, lora_A.t(), dropout)", "", DRAWN),
+    Mutant("a forward's mask drawn alone", FUSED, " or _copied(x, dropout)", "", DRAWN),
     Mutant(
         "an unfused masked panel unscaled",
         UNFUSED,
@@ -364,7 +371,18 @@ MUTANTS = (
     ),
     Mutant("few rows without their mask", FUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", MANY_RANKS),
     Mutant("any rows in one launch", FUSED, "dyb_alone and len(dy) <= scaled(", "dyb_alone and 0 <= scaled(", BESIDE),
-    Mutant("few masked rows divided", ADAPTER, "        programs = 1\n", "        pass\n", BESIDE),
+    Mutant(
+        "masked gradients in runs of any rows",
+        ADAPTER,
+        "most = max(most, cdiv(M, scaled(",
+        "max(most, cdiv(M, scaled(",
+        BESIDE,
+    ),
+    Mutant("masked gradients of any ranks in short runs", ADAPTER, " and R <= FEW_MASKED_RANKS", "", BESIDE),
+    Mutant("a wide tile for few columns", ADAPTER, " and columns >= FEWEST_WIDE_COLUMNS", "", BESIDE),
+    Mutant("a wide tile for more ranks", ADAPTER, " and ranks <= MOST_WIDE_RANKS", "", BESIDE),
+    Mutant("a wide tile in spite of a table", ADAPTER, "if tiles is HOPPER and columns", "if columns", BESIDE),
+    Mutant("few masked rows divided", ADAPTER, "        most = 1\n", "        pass\n", BESIDE),
     Mutant("few unfused rows without their mask", UNFUSED, "x, xa, bits, dtype)", "x, xa, None, dtype)", UNFUSED_HALF),
     Mutant(
         "few unfused rows unscaled",
@@ -933,7 +951,8 @@ MUTANTS = (
         KEYS,
     ),
     Mutant("a panel by another mask's key", SPLIT_PANEL, "scale, *dropout_facts(dropout))", "scale)", KEYS),
-    Mutant("a tile of panels not looked at", TUNING, "*gradients, *alone", "*gradients", TRIALS),
+    Mutant("a tile of panels not looked at", TUNING, "xa, *gradients, *alone", "xa, *gradients", TRIALS),
+    Mutant("a tile of masks not looked at", TUNING, "*gradients, bits, *drawn", "*gradients, bits", MASKED_TRIALS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,6 +155,62 @@ def test_nothing_begins_beside_a_dx_that_is_not_launched(
     launches = Launches(monkeypatch)
     backward(monkeypatch, given, True)
     assert not {"extended followed", BESIDE} & set(launches.seen)
+
+
+def cut_by_hopper(monkeypatch: pytest.MonkeyPatch, table: config.Tiles = config.HOPPER) -> list[dict[str, int]]:
+    """What a Hopper GPU's launches of gradients would be given; nothing is launched."""
+    seen: list[dict[str, int]] = []
+    monkeypatch.setattr(adapter_grad, "tiles_for", lambda *sizes: table)
+    monkeypatch.setattr(adapter_grad, "scaled", lambda rows, device: rows)
+    monkeypatch.setattr(adapter_grad, "reduce", lambda *partials, **options: (None, None))
+    monkeypatch.setattr(adapter_grad, "launch", lambda *of: seen.append(of[3]()[1]))
+    return seen
+
+
+def nothing(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "r", "masked", "rows"),
+    [
+        (8192, 4096, 16, True, 1024),
+        # With a mask and up to 64 ranks a program has at most 2048 rows, unless there are so few that one has all.
+        (8192, 14336, 16, True, 2048),
+        (8192, 14336, 64, True, 2048),
+        (8192, 14336, 128, True, 4096),
+        (8192, 14336, 16, False, 4096),
+        (2049, 14336, 16, True, 1088),
+        (1024, 14336, 16, True, 1024),
+    ],
+)
+def test_how_many_rows_of_a_gradient_a_program_adds_up(
+    monkeypatch: pytest.MonkeyPatch, M: int, K: int, r: int, masked: bool, rows: int
+) -> None:
+    seen = cut_by_hopper(monkeypatch)
+    bits = torch.empty(M, K // 8, dtype=torch.uint8, device="meta") if masked else None
+    adapter_grad.adapter_grads(nothing(M, 16), None, nothing(M, r), nothing(M, K), bits, torch.bfloat16)
+    assert [each["ROWS"] for each in seen] == [rows]
+
+
+@pytest.mark.parametrize(
+    ("columns", "r", "slices", "own", "block"),
+    [
+        (8192, 16, 1, False, 512),
+        (8176, 16, 1, False, 256),
+        (8192, 17, 1, False, 256),
+        (8192, 16, 3, False, 512),
+        (8192, 16, 1, True, 256),
+    ],
+)
+def test_many_columns_of_few_ranks_are_added_up_by_a_wider_tile(
+    monkeypatch: pytest.MonkeyPatch, columns: int, r: int, slices: int, own: bool, block: int
+) -> None:
+    """Not in spite of a table that somebody measured."""
+    seen = cut_by_hopper(monkeypatch, replace(config.HOPPER) if own else config.HOPPER)
+    dy, lora_B, xa = nothing(64, slices * columns), nothing(slices * columns, r), nothing(64, slices * r)
+    adapter_grad.grad_panels(dy, lora_B, xa, 1.0, torch.bfloat16, [True] * slices)
+    assert [each["BLOCK_I"] for each in seen] == [block]
 
 
 def test_where_kernels_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (65, 8192, 8192, 8): "unfused",
         (512, 4096, 4096, 32): "decode",
         (512, 4112, 4096, 32): "unfused",
+        (256, 14336, 4096, 64): "unfused",
         (513, 4096, 4096, 16): "unfused",
         # Where outputs are few, of more rows; with more ranks, of so many that the panel is divided enough.
         (1024, 4096, 1024, 32): "decode",
@@ -253,6 +254,10 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (256, 4096, 8176, 64): "unfused",
         (128, 8192, 28672, 128): "decode",
         (129, 8192, 28672, 128): "unfused",
+        (128, 8192, 28672, 8): "decode",
+        (129, 8192, 28672, 8): "unfused",
+        (256, 8192, 16384, 8): "unfused",
+        (257, 8192, 11264, 8): "triton",
         # More ranks.
         (32, 14336, 4096, 65): "decode",
         (33, 14336, 4096, 65): "unfused",

@@ -248,18 +248,24 @@ def test_a_mask_is_drawn_alone_where_the_copy_engine_cannot_read_or_it_would_be_
 
 
 @pytest.mark.parametrize("path", [fused, unfused], ids=["fused", "unfused"])
-@pytest.mark.parametrize(("r", "K"), [(8, 48), (72, 48), (8, 40)])
+@pytest.mark.parametrize(("r", "K", "odd"), [(8, 48, False), (72, 48, False), (8, 40, False), (8, 48, True)])
 def test_a_forward_draws_its_mask_and_its_panel_at_once(
-    monkeypatch: pytest.MonkeyPatch, device: str, path: ModuleType, r: int, K: int
+    monkeypatch: pytest.MonkeyPatch, device: str, path: ModuleType, r: int, K: int, odd: bool
 ) -> None:
+    """But for sizes that are no multiples of 16, and rows at odd addresses, whose mask is drawn by a launch alone."""
     at_once: list[tuple[Dropout, ...]] = []
     real = split_panel.split_panel
     monkeypatch.setattr(split_panel, "split_panel", lambda *of: (at_once.append(of[3:]), real(*of))[1])
-    x, weight = torch.randn(40, K, device=device).half(), torch.randn(64, K, device=device).half() * K**-0.5
+    alone: list[Tensor] = []
+    drop = fused.mask.drop
+    monkeypatch.setattr(fused.mask, "drop", lambda x, dropout: alone.append(x) or drop(x, dropout))
+    x, weight = torch.randn(40, K + 1, device=device).half(), torch.randn(64, K, device=device).half() * K**-0.5
+    x = x[:, 1:] if odd else x[:, 1:].contiguous()
     lora_A, lora_B = torch.randn(r, K, device=device).half() * K**-0.5, torch.randn(64, r, device=device).half()
     dropout = mask_of(device)
     _, xa, bits = path.forward(x, weight, None, lora_A, lora_B, scaling=0.5, dropout=dropout)
-    assert ((dropout,) in at_once) == (K % 16 == 0)
+    assert ((dropout,) in at_once) == (K % 16 == 0 and not odd)
+    assert bool(alone) == (odd or (path is unfused and K % 16 != 0))
     _, exact, same = reference.forward(
         x.double(), weight.double(), None, lora_A.double(), lora_B.double(), scaling=0.5, dropout=dropout
     )
@@ -295,9 +301,11 @@ def test_float32_factors_are_rounded_to_the_rows_dtype(device: str) -> None:
 
 def test_what_a_profiler_is_told() -> None:
     left, factor, panel = torch.empty(8, 64).half(), torch.empty(4, 64).half(), torch.empty(8, 4).half()
-    arguments: dict[str, Any] = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": panel, "I": 64}
+    arguments: dict[str, Any] = {"left_ptr": left, "factor_ptr": factor, "panel_ptr": panel, "bits_ptr": None, "I": 64}
     work = split_panel._work(None, None, arguments)
     assert work == {"name": "split_panel", "flops16": 2 * 8 * 64 * 4, "bytes": 2 * (8 * 64 + 4 * 64 + 8 * 4)}
+    drawn = split_panel._work(None, None, arguments | {"bits_ptr": torch.empty(8, 8, dtype=torch.uint8)})
+    assert drawn == work | {"bytes": work["bytes"] + 64}
 
 
 COLD = """

@@ -122,12 +122,13 @@ def test_every_kernel_is_timed_with_the_tile_that_it_is_timed_for(monkeypatch: p
 ORIGINAL = panel.panel
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Panels without a mask go through `how` where their tile is not the present one."""
+def spoil(monkeypatch: pytest.MonkeyPatch, how: Callable[[torch.Tensor], torch.Tensor], drawn: bool = False) -> None:
+    """Panels with a mask, or those without, go through `how` where their tile is not the present one."""
 
     def spoiled(*args: Any, **more: Any) -> Any:
         xa, bits = ORIGINAL(*args, **more)
-        return (xa if panel_in_force() == PRESENT or bits is not None else how(xa)), bits
+        present = panel_in_force() == PRESENT and lookup.table_of(CPU).drawn_panel == INTERPRETER.drawn_panel
+        return (xa if present or (bits is not None) != drawn else how(xa)), bits
 
     monkeypatch.setattr(panel, "panel", spoiled)
 
@@ -167,6 +168,21 @@ def test_what_does_not_fit_is_said_and_passed_over(error: Exception, monkeypatch
     spoil(monkeypatch, raising(error))
     tiles, trials = tuned({16: 1.0})
     assert tiles == INTERPRETER and trials == [Trial("panel", 16, OTHERS[0], "does not fit")]
+
+
+@on_a_cpu
+@pytest.mark.parametrize("fits", [False, True])
+def test_a_tile_for_masks_is_looked_at_though_layers_draw_by_another_kernel(
+    fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = INTERPRETER.drawn_panel[16]
+    other = replace(present, block_m=2 * present.block_m)
+    monkeypatch.setattr(tuning, "neighbours", lambda tile, descriptors: [other] if tile == present else [])
+    error = OutOfResources(300_000, 232_448, "shared memory")
+    spoil(monkeypatch, WRONG["off by 5 %"] if fits else raising(error), drawn=True)
+    tiles, trials = tuned({present.block_m: 1.0})
+    outcome = "wrong results" if fits else "does not fit"
+    assert tiles == INTERPRETER and trials == [Trial("drawn_panel", 16, other, outcome)]
 
 
 @on_a_cpu
