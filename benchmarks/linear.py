@@ -134,6 +134,7 @@ def measure_shape(
                 uncaptured.append(key)
     say(f"{shape}, {tokens} tokens, {dtype_name(dtype)}: right; timing {len(steps)} candidates")
     clock = {"window_ms": options.window, "burst_rounds": options.burst_rounds, "device": options.device}
+    clock |= {"captures": options.captures}
     timings = measure(steps, options.rounds, as_called=uncaptured, **clock)
     for key, row in rows.items():
         row |= ratios(timings[key], timings["bare"]) | {"bare_sustained": timings["bare"].sustained}
@@ -194,13 +195,14 @@ def main(arguments: list[str] | None = None) -> None:
     options_of.add_argument("--rounds", type=int, default=ROUNDS)
     options_of.add_argument("--burst-rounds", type=int, default=ROUNDS, help="0 for none")
     options_of.add_argument("--window", type=float, default=WINDOW_MS, help="milliseconds; 80 to 150 is meaningful")
+    options_of.add_argument("--captures", type=int, default=3, help="CUDA graphs of each step, which take turns")
     options_of.add_argument("--shrink", type=int, default=1, help="divide every size by this, to try the code")
     options = options_of.parse_args(arguments)
     say = Progress()
     title = (
         "Forward + backward (y, dx, dA, dB) of one layer as a ratio to the bare frozen layer's two cuBLAS GEMMs, "
         f"CUDA-graph replays, sustained{', in brackets in a burst' if options.burst_rounds else ''}; medians of "
-        f"{options.rounds} rounds of {options.window:g} ms"
+        f"{options.rounds} rounds of {options.window:g} ms, {options.captures} graphs in turn"
     )
     results = Results(title, header_of(options))
     chosen = selected(options_of, options.only, {str(shape).replace("→", "x"): shape for shape in SHAPES})

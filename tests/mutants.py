@@ -42,6 +42,7 @@ STATE = "fused_lora/state.py"
 ADAPTER_FILE = "fused_lora/adapter_file.py"
 FUNCTIONAL = "fused_lora/functional.py"
 TUNING = "fused_lora/tuning.py"
+TIMING = "benchmarks/timing.py"
 UNFUSED = "fused_lora/unfused.py"
 MASKS = "kernels/mask.py"
 DECODE = "kernels/decode.py"
@@ -116,6 +117,7 @@ BATCHES = ("tests/test_direct.py", "-k", "batch")
 CHOICE = ("tests/test_dispatch.py",)
 TABLES = ("tests/test_tiles.py",)
 TRIALS = ("tests/test_tuning.py", "-k", "gain or wrong_results")
+TURNS = ("tests/test_benchmarks.py", "-k", "turns")
 MASKED_TRIALS = ("tests/test_tuning.py", "-k", "for_masks and True")
 KEYS = ("tests/test_launch_keys.py",)
 AGAIN = ("tests/test_repeat.py",)
@@ -953,6 +955,7 @@ MUTANTS = (
     Mutant("a panel by another mask's key", SPLIT_PANEL, "scale, *dropout_facts(dropout))", "scale)", KEYS),
     Mutant("a tile of panels not looked at", TUNING, "xa, *gradients, *alone", "xa, *gradients", TRIALS),
     Mutant("a tile of masks not looked at", TUNING, "*gradients, bits, *drawn", "*gradients, bits", MASKED_TRIALS),
+    Mutant("one graph of each step", TIMING, "for _ in range(captures)]", "for _ in range(1)]", TURNS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
 )
 

@@ -18,7 +18,7 @@ pytest.importorskip("loralib", reason="loralib is not installed, and every bench
 from conftest import HAS_TRITON
 
 import fused_lora
-from benchmarks import accuracy, host, linear, memory, peers, sweep, test_kernels_speed
+from benchmarks import accuracy, host, linear, memory, peers, sweep, test_kernels_speed, timing
 from benchmarks.peers import Layer
 from benchmarks.report import Results
 from benchmarks.timing import Timing
@@ -55,6 +55,45 @@ def written(folder: Path, name: str) -> tuple[list[dict[str, Any]], str]:
 
 
 LINEAR = ["--shrink", "64", "--tokens", "24", "--rounds", "1", "--window", "0.01"]
+
+
+class Graph:
+    """Stands for a captured step, which it is told apart by."""
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name, self.number = name, number
+
+    def replay(self) -> None: ...
+
+
+def test_graphs_of_a_step_take_turns_by_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no step profits from where one graph's memory lies; what cannot be captured is called."""
+    steps: dict[str, Callable[[], object]] = {name: lambda: None for name in ("one", "other", "called")}
+    names, made = {step: name for name, step in steps.items()}, list[Graph]()
+
+    def capture(step: Callable[[], object]) -> Graph:
+        made.append(Graph(names[step], sum(graph.name == names[step] for graph in made)))
+        return made[-1]
+
+    timed: list[tuple[object, int]] = []
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(timing, "run_ms", lambda call, times, device: timed.append((call, times)) or 1.0)
+    for name in ("synchronize", "time"):
+        monkeypatch.setattr(
+            timing, name, type("Nothing", (), {"__call__": lambda *_: None, "sleep": lambda *_: None})()
+        )
+    found = timing.measure(steps, 5, as_called=["called"], window_ms=8.0, burst_rounds=2, captures=3)
+    assert [(graph.name, graph.number) for graph in made] == [(name, i) for name in ("one", "other") for i in range(3)]
+    assert all(len(each.sustained) == 5 and len(each.burst) == 2 for each in found.values())
+    # Windows are eight calls long here; those of a burst three, as is the first of all.
+    for name in ("one", "other"):
+        windows = [
+            call.__self__.number
+            for call, times in timed
+            if times == 8 and hasattr(call, "__self__") and call.__self__.name == name
+        ]
+        assert windows == [0, 1, 2, 0, 1]
+    assert sum(call is steps["called"] and times == 8 for call, times in timed) == 5
 
 
 def test_linear_measures_every_peer_and_says_what_it_leaves_out(common: list[str], tmp_path: Path) -> None:
