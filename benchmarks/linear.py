@@ -133,9 +133,8 @@ def measure_shape(
             if not capturable(name, layer):
                 uncaptured.append(key)
     say(f"{shape}, {tokens} tokens, {dtype_name(dtype)}: right; timing {len(steps)} candidates")
-    clock = {"window_ms": options.window, "burst_rounds": options.burst_rounds, "device": options.device}
-    clock |= {"captures": options.captures}
-    timings = measure(steps, options.rounds, as_called=uncaptured, **clock)
+    clock = {"window_ms": options.window, "burst_rounds": options.burst_rounds, "captures": options.captures}
+    timings = measure(steps, options.rounds, as_called=uncaptured, device=options.device, **clock)
     for key, row in rows.items():
         row |= ratios(timings[key], timings["bare"]) | {"bare_sustained": timings["bare"].sustained}
     return list(rows.values())

@@ -16,8 +16,8 @@ from .kernels.narrow import narrow
 from .kernels.replay import Keep, Results, replayed
 from .reference import Dropout, in_dtype, product
 
-# For more ranks of all slices together cuBLAS makes a panel in less time than panel.py, and of a masked x
-# `undrawn_panel` does.
+# For more ranks of all slices together cuBLAS makes a panel in less time than panel.py, and with a mask `drawn_panel`
+# does.
 _FEW_RANKS, _FEW_MASKED_RANKS = 32, 64
 # For more of those, and more numbers to be read, cuBLAS takes a few microseconds less for a panel alone.
 _FEW_READ = 1 << 24
@@ -81,11 +81,8 @@ def drawn_panel(left: Tensor, factor: Tensor, scale: float, dropout: Dropout) ->
     return undrawn_panel(dropped, factor, scale / dropout.keep_probability), bits
 
 
-def _copied(x: Tensor, dropout: Dropout) -> bool:
-    """Whether x is for the copy engine, or for a mask and a product of their own if it lies so that it cannot be read.
-
-    For the addresses of rows that are not aligned panel.py has no registers.
-    """
+def _regular(x: Tensor, dropout: Dropout) -> bool:
+    """Whether the copy engine reads such an x and mask, if the rows are aligned; if not, panel.py lacks registers."""
     regular = x.shape[1] % 16 == 0 and dropout.column_offset % 8 == 0
     return regular and tiles_for(x.device, x.dtype, x.shape[1]).linear.descriptors
 
@@ -113,7 +110,7 @@ def forward(
         ranks, half = len(lora_A), x.dtype.itemsize == 2
         if dropout is None and half and (ranks > _FEW_RANKS or split_panel.takes(x, lora_A.t())):
             xa, bits = undrawn_panel(x, lora_A.t(), scaling), None
-        elif dropout is not None and half and (ranks > _FEW_MASKED_RANKS or _copied(x, dropout)):
+        elif dropout is not None and half and (ranks > _FEW_MASKED_RANKS or _regular(x, dropout)):
             xa, bits = drawn_panel(x, lora_A.t(), scaling, dropout)
         else:
             xa, bits = panel.panel(x, lora_A.T, scaling, dropout)

@@ -20,11 +20,12 @@ _DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR, _SMALL_PANEL = 512, 64, 1 << 
 _HIDING_OUTPUTS, _FEWER_OUTPUTS = 8192, 1 << 19
 # Of one that draws a mask. With up to _MOST_DRAWN_RANKS where outputs are so many times the inputs, beside at most so
 # many elements of the mask, which are drawn meanwhile. Of so many inputs at most: with up to _FEW_RANKS as many rows,
-# with up to _DECODED_RANKS more rows where outputs are few. And with more ranks the fewest rows. Of no more rows than
-# the last no whole waves of tiles.
+# with up to _DECODED_RANKS more rows where outputs are few. And of more ranks, and of more than _MOST_DRAWN_RANKS, so
+# few rows. Of no more rows than the last no whole waves of tiles.
 _FEW_RANKS, _MOST_DRAWN_FEATURES = 32, 4096
 _FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS, _FEWEST_DIVIDED_ROWS = 1024, 1 << 20, 256
-_HIDING, _HIDDEN_MASK, _FEWEST_DRAWN_ROWS, _MOST_DRAWN_RANKS, _FEW_WAVED = 2, 1 << 20, 32, 128, 256
+_HIDING_TIMES, _HIDDEN_MASK, _MOST_DRAWN_RANKS = 2, 1 << 20, 128
+_ROWS_OF_MANY_RANKS, _ROWS_OF_MOST_RANKS, _TOO_FEW_FOR_WAVES = 32, 16, 256
 # Of a backward that is one launch but for the adapter's gradients: rows, and the features on both sides; and where few
 # ranks make lora_B's rows short, which the panel's few programs read slowly, the features that they go through.
 _DECODED_BACK, _DECODED_FEATURES, _FEW_INNER = 128, 4096, 1024
@@ -111,22 +112,24 @@ def choose_forward(
 def _masked_forward(
     choice: Choice, device: torch.device, rows: int, in_features: int, out_features: int, ranks: int
 ) -> Choice:
-    beside_many = out_features >= _HIDING * in_features and rows * in_features <= _HIDDEN_MASK
+    beside_many = out_features >= _HIDING_TIMES * in_features and rows * in_features <= _HIDDEN_MASK
     few_inputs = in_features <= _MOST_DRAWN_FEATURES
     few_outputs = few_inputs and rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEW_DRAWN_OUTPUTS
     if ranks > _MOST_DRAWN_RANKS:
-        decodes = rows <= _FEWEST_DRAWN_ROWS // 2 and out_features >= _HIDING_OUTPUTS
+        decodes = rows <= _ROWS_OF_MOST_RANKS and out_features >= _HIDING_OUTPUTS
     elif ranks > _DECODED_RANKS:
-        decodes = beside_many or rows <= _FEWEST_DRAWN_ROWS
+        decodes = beside_many or rows <= _ROWS_OF_MANY_RANKS
     elif ranks > _FEW_RANKS:
         decodes = beside_many or rows <= _FEW_DECODED or (rows >= _FEWEST_DIVIDED_ROWS and few_outputs)
     else:
-        few_rows = few_inputs and rows <= _DECODED and out_features < _HIDING * in_features
+        few_rows = few_inputs and rows <= _DECODED and out_features < _HIDING_TIMES * in_features
         decodes = beside_many or rows <= _FEW_DECODED or few_outputs or few_rows
     if decodes:
         return _FEW_DECODED_ROWS
     # Waves of so few rows were not measured; their tiles would be half empty.
-    return _where_full(choice, device, rows, out_features, in_features, _FULL_DRAWN) if rows > _FEW_WAVED else choice
+    if rows <= _TOO_FEW_FOR_WAVES:
+        return choice
+    return _where_full(choice, device, rows, out_features, in_features, _FULL_DRAWN)
 
 
 def _forward(

@@ -74,7 +74,7 @@ RANK_BLOCKS = (16, 32, 64, 128)
 class Tiles:
     """What each kernel uses. adapter_grad: for db, with dyb from the same read or without, and for da without a mask.
 
-    panel, drawn_panel: for dyb, and for xa with a mask, where linear has no descriptors. grad_lora_A: for da with one.
+    panel, drawn_panel: for what split_panel.py does not take, without and with a mask. grad_lora_A: for da with one.
     """
 
     linear: LinearTile

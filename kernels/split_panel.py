@@ -70,7 +70,8 @@ _SPLITS = (1, 2, 4, 8, 16)
 
 def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     left, factor = (getattr(args[name], "base", args[name]) for name in ("left_ptr", "factor_ptr"))
-    panel, flops = args["panel_ptr"], 2.0 * args["panel_ptr"].numel() * args["I"]
+    panel = args["panel_ptr"]
+    flops = 2.0 * panel.numel() * args["I"]
     return stated_work("split_panel", flops, left, factor, panel, args["bits_ptr"], dtype=left.dtype)
 
 
@@ -166,11 +167,10 @@ def drawn_layout_of(device: torch.device, M: int, I: int, R: int) -> tuple[Split
     Measured on an H200 for 128 to 8192 rows, 4096 and 14336 columns, ranks of 16, 64 and 128.
     """
     tile = _DRAWN if device.type == "cuda" else _DRAWN_INTERPRETED
-    tiles, small = cdiv(M, tile.block_m), R <= 32
-    if device.type == "cuda" and 2 * tiles > processors(device):
-        of_many = next((own for most, own in _DRAWN_OF_MANY.items() if most >= R), None)
-        tile, small = of_many or tile, of_many is not None
-    most = min((4 if small else 2) * processors(device) // tiles, 16 if small else 8, cdiv(I, tile.block_i))
+    if device.type == "cuda" and 2 * cdiv(M, tile.block_m) > processors(device):
+        tile = next((of_many for most, of_many in _DRAWN_OF_MANY.items() if most >= R), tile)
+    at_once, most = (4, 16) if R <= 32 or tile.num_warps == 2 else (2, 8)
+    most = min(most, at_once * processors(device) // cdiv(M, tile.block_m), cdiv(I, tile.block_i))
     return tile, max(splits for splits in _SPLITS if splits <= max(1, most))
 
 

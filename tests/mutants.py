@@ -108,10 +108,9 @@ REPEATED = ("tests/test_replay.py", "-k", "kind")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
-UNMASKED_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
+PANEL_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
 UNMASKED = ("tests/test_split_panel.py", "-k", "not mask and (not against_float64 or 50)")
 DRAWN = ("tests/test_split_panel.py", "-k", "mask and (33 or 50 or tile or alone or draws)")
-DRAWN_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
 KNOWN = ("tests/test_known.py",)
 BATCHES = ("tests/test_direct.py", "-k", "batch")
 CHOICE = ("tests/test_dispatch.py",)
@@ -288,7 +287,9 @@ MUTANTS = (
     ),
     Mutant("masks of hundreds of ranks", LINEAR_CHOICE, "if ranks > _MOST_DRAWN_RANKS:", "if False:", CHOICE),
     Mutant("masks beside outputs of any size", LINEAR_CHOICE, "and rows * in_features <= _HIDDEN_MASK", "", CHOICE),
-    Mutant("masks of many rows and outputs", LINEAR_CHOICE, "and out_features < _HIDING * in_features", "", CHOICE),
+    Mutant(
+        "masks of many rows and outputs", LINEAR_CHOICE, "and out_features < _HIDING_TIMES * in_features", "", CHOICE
+    ),
     Mutant(
         "masks of few divided rows",
         LINEAR_CHOICE,
@@ -296,7 +297,7 @@ MUTANTS = (
         "few_outputs",
         CHOICE,
     ),
-    Mutant("waves of few rows with a mask", LINEAR_CHOICE, " if rows > _FEW_WAVED else choice", "", CHOICE),
+    Mutant("waves of few rows with a mask", LINEAR_CHOICE, "rows <= _TOO_FEW_FOR_WAVES", "False", CHOICE),
     Mutant(
         "waves with a mask as full as without",
         LINEAR_CHOICE,
@@ -348,19 +349,31 @@ MUTANTS = (
         SPLIT_PANEL,
         "tl.minimum(M - first_row, BLOCK_M)",
         "tl.minimum(M, BLOCK_M)",
-        DRAWN_ADDRESSES,
+        PANEL_ADDRESSES,
     ),
     Mutant(
         "bits past the last column",
         SPLIT_PANEL,
         "stored[:, None] & in_columns[None, :]",
         "stored[:, None]",
-        DRAWN_ADDRESSES,
+        PANEL_ADDRESSES,
     ),
-    Mutant("a mask's parts without a step", SPLIT_PANEL, ", cdiv(I, tile.block_i))\n", ", 16)\n", DRAWN),
-    Mutant("a mask's tile of many rows for all", SPLIT_PANEL, "and 2 * tiles > processors(device)", "", DRAWN),
-    Mutant("a mask's large programs as many", SPLIT_PANEL, "(4 if small else 2)", "4", DRAWN),
-    Mutant("a forward's mask drawn alone", FUSED, " or _copied(x, dropout)", "", DRAWN),
+    Mutant(
+        "a mask's parts without a step",
+        SPLIT_PANEL,
+        ", cdiv(I, tile.block_i))\n    return tile",
+        ", 16)\n    return tile",
+        DRAWN,
+    ),
+    Mutant(
+        "a mask's tile of many rows for all",
+        SPLIT_PANEL,
+        "and 2 * cdiv(M, tile.block_m) > processors(device)",
+        "",
+        DRAWN,
+    ),
+    Mutant("a mask's large programs as many", SPLIT_PANEL, "else (2, 8)", "else (4, 16)", DRAWN),
+    Mutant("a forward's mask drawn alone", FUSED, " or _regular(x, dropout)", "", DRAWN),
     Mutant(
         "an unfused masked panel unscaled",
         UNFUSED,
@@ -928,7 +941,7 @@ MUTANTS = (
     Mutant("a panel's part left out", SPLIT_PANEL, "tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", UNMASKED),
     Mutant("a panel's parts each the first", SPLIT_PANEL, "first = split * steps * BLOCK_I", "first = 0", UNMASKED),
     Mutant("a panel's counts left", SPLIT_PANEL, "tl.store(arrived_ptr + tile, 0)", "pass", UNMASKED),
-    Mutant("a panel's rows past the last", SPLIT_PANEL, "(rows[:, None] < M) & ", "", UNMASKED_ADDRESSES),
+    Mutant("a panel's rows past the last", SPLIT_PANEL, "(rows[:, None] < M) & ", "", PANEL_ADDRESSES),
     Mutant("a panel by a factor of another dtype", SPLIT_PANEL, "and left.dtype == factor.dtype", "", UNMASKED),
     Mutant("a panel of what cannot be read", SPLIT_PANEL, "and describable(left)\n", "", UNMASKED),
     Mutant("a large panel not cuBLAS's", FUSED, "if not large and split_panel", "if split_panel", UNMASKED),

@@ -78,10 +78,8 @@ def test_graphs_of_a_step_take_turns_by_rounds(monkeypatch: pytest.MonkeyPatch) 
     timed: list[tuple[object, int]] = []
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(timing, "run_ms", lambda call, times, device: timed.append((call, times)) or 1.0)
-    for name in ("synchronize", "time"):
-        monkeypatch.setattr(
-            timing, name, type("Nothing", (), {"__call__": lambda *_: None, "sleep": lambda *_: None})()
-        )
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
     found = timing.measure(steps, 5, as_called=["called"], window_ms=8.0, burst_rounds=2, captures=3)
     assert [(graph.name, graph.number) for graph in made] == [(name, i) for name in ("one", "other") for i in range(3)]
     assert all(len(each.sustained) == 5 and len(each.burst) == 2 for each in found.values())
