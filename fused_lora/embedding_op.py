@@ -24,7 +24,6 @@ from .ops import (
     repeated,
     without_autocast,
 )
-from .reference import in_dtype
 
 _ARGUMENTS = (
     "Tensor indices, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, SymInt padding_idx, "
@@ -35,11 +34,15 @@ _ARGUMENTS = (
 def _forward(
     indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    path = module_of("embedding", choose(options[-1], weight.device, weight.dtype, lora_A.dtype))
+    choice = choose(options[-1], weight.device, weight.dtype, lora_A.dtype)
+    path = module_of("embedding", choice)
+
+    def call() -> tuple[Tensor, Tensor]:
+        return path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)  # type: ignore[no-any-return]
+
     # F.embedding is not autocast either.
     with without_autocast(weight):
-        y_xa: tuple[Tensor, Tensor] = path.embedding(indices, weight, lora_A, lora_B, scaling=scaling)
-    return y_xa
+        return repeated(choice, (weight, indices, lora_A, lora_B), ("embedding", scaling), call)
 
 
 def _inference(*arguments: Any) -> Tensor:
@@ -74,6 +77,29 @@ def _fake_grad_panels(
     return dyb, dy.new_empty(0) if xa is None else dy.new_empty((dy.shape[1], xa.shape[1]), dtype=dtype)
 
 
+def _grad_lora_A(
+    dyb: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    choice = choose(backend, dyb.device, dyb.dtype, dtype)
+    module = module_of("embedding_grad_lora_A", choice)
+    facts = {"num_embeddings": num_embeddings, "padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
+
+    def call() -> tuple[Tensor]:
+        return (module.embedding_grad_lora_A(dyb, indices, **facts, dtype=dtype),)
+
+    return repeated(choice, (dyb, indices), ("embedding_grad_lora_A", *facts.values(), dtype), call)[0]
+
+
+def _fake_grad_lora_A(dyb: Tensor, indices: Tensor, num_embeddings: int, *arguments: Any) -> Tensor:
+    return dyb.new_empty((dyb.shape[1], num_embeddings), dtype=arguments[2])
+
+
 class _LoRAEmbedding(torch.autograd.Function):
     """Saves the indices, the panel xa and lora_B, as far as the wanted gradients read them.
 
@@ -103,7 +129,6 @@ class _LoRAEmbedding(torch.autograd.Function):
         ctx.lookup = weight.shape[0], padding_idx, scale_grad_by_freq
         ctx.sparse = sparse
         ctx.panel_arguments = scaling, lora_A.dtype, backend
-        ctx.adapter_dtype = lora_A.dtype
         ctx.set_materialize_grads(False)
         return y  # type: ignore[no-any-return]
 
@@ -121,11 +146,8 @@ class _LoRAEmbedding(torch.autograd.Function):
             panels = _grad_panels if unwatched else torch.ops.fused_lora.lora_embedding_grad_panels
             dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
         if wants_da:
-            # torch's own scatter is dense and sorts by index instead of adding atomically. A token that occurs
-            # often is summed in float32 even on the CPU, where torch would add in dyb's dtype.
-            wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
-            by_token = torch.ops.aten.embedding_dense_backward.default(wide, indices, *ctx.lookup)
-            da = in_dtype(by_token.t(), ctx.adapter_dtype)
+            grad_lora_A = _grad_lora_A if unwatched else torch.ops.fused_lora.lora_embedding_grad_lora_A
+            da = grad_lora_A(dyb, indices, *ctx.lookup, *ctx.panel_arguments[1:])
         if wants_dw:
             dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
         return None, dw, da, db if wants_db else None, *others
@@ -151,5 +173,11 @@ register(
     "-> (Tensor, Tensor)",
     _grad_panels,
     _fake_grad_panels,
+)
+register(
+    "lora_embedding_grad_lora_A(Tensor dyb, Tensor indices, SymInt num_embeddings, SymInt padding_idx, "
+    "bool scale_grad_by_freq, ScalarType dtype, str backend) -> Tensor",
+    _grad_lora_A,
+    _fake_grad_lora_A,
 )
 make_differentiable("lora_embedding", _LoRAEmbedding)

@@ -8,13 +8,24 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .kernels import adapter_grad, first_wave, fused_linear, low_rank_update, mask, own_panel, panel, split_panel
+from .kernels import (
+    adapter_grad,
+    first_wave,
+    fused_linear,
+    low_rank_update,
+    mask,
+    own_panel,
+    panel,
+    split_panel,
+    token_grad,
+)
 from .kernels.config import overlaps, scaled
 from .kernels.few_rows_grad import few_rows_grad
 from .kernels.lookup import tiles_for
 from .kernels.narrow import narrow
 from .kernels.replay import Keep, Results, replayed
 from .reference import Dropout, in_dtype, product
+from .reference import embedding_grad_lora_A as sorted_grad_lora_A
 
 # For more ranks of all slices together cuBLAS makes a panel in less time than panel.py, and with a mask `drawn_panel`
 # does.
@@ -197,3 +208,20 @@ def embedding(
     """y [M, D] and its panel xa [M, R], both in weight.dtype."""
     with on(weight):
         return low_rank_update.embedding(indices, weight, lora_A, lora_B, scaling)
+
+
+def embedding_grad_lora_A(
+    dyb: Tensor, indices: Tensor, *, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
+) -> Tensor:
+    """da [R, num_embeddings] in `dtype` of the panel dyb [M, R] and tokens [M]; padding_idx -1 is none."""
+    if not token_grad.takes(indices, num_embeddings):
+        return sorted_grad_lora_A(
+            dyb,
+            indices,
+            num_embeddings=num_embeddings,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            dtype=dtype,
+        )
+    with on(dyb):
+        return token_grad.grad_lora_A(dyb, indices, num_embeddings, padding_idx, scale_grad_by_freq, dtype)

@@ -235,6 +235,21 @@ def embedding(
     return y, (gathered * scaling).to(weight.dtype)
 
 
+def embedding_grad_lora_A(
+    dyb: Tensor, indices: Tensor, *, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
+) -> Tensor:
+    """da [R, num_embeddings] in `dtype` of the panel dyb [M, R] and tokens [M]; padding_idx -1 is none.
+
+    torch's own scatter is dense and sorts by token instead of adding atomically. A token that occurs often is summed in
+    float32 even on the CPU, where torch would add in dyb's dtype.
+    """
+    wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
+    by_token = torch.ops.aten.embedding_dense_backward.default(
+        wide, indices, num_embeddings, padding_idx, scale_grad_by_freq
+    )
+    return in_dtype(by_token.t(), dtype).contiguous()
+
+
 def _updated(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     wide = torch.promote_types(base.dtype, torch.float32)
     return torch.addmm(base.to(wide), left.to(wide), right.to(wide), alpha=scaling).to(base.dtype)

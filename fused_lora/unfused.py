@@ -12,13 +12,13 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from .fused import drawn_panel, effective_weight, embedding, on, undrawn_panel
+from .fused import drawn_panel, effective_weight, embedding, embedding_grad_lora_A, on, undrawn_panel
 from .kernels import mask
 from .kernels.config import scaled
 from .kernels.few_rows_grad import few_rows_grad
 from .reference import Dropout, in_dtype
 
-__all__ = ["backward", "effective_weight", "embedding", "forward", "grad_panels"]
+__all__ = ["backward", "effective_weight", "embedding", "embedding_grad_lora_A", "forward", "grad_panels"]
 
 
 # For at most so many, one launch for both of an adapter's gradients takes less time than cuBLAS twice, which reads a

@@ -109,8 +109,10 @@ BLACKWELL = MappingProxyType({rows: tiles for rows, tiles in HOPPER.items() if r
 TABLES = MappingProxyType({80: AMPERE, 90: HOPPER, 100: BLACKWELL})
 
 
-# Measured on Hopper: with more ranks and rows than these, the panel takes longer than the halves of a tile's splits.
-FEW_RANKS, FEWEST_ROWS_OF_PANELS = 32, 17
+# Measured on Hopper: with more ranks and rows than these, the panel takes longer than the halves of a tile's splits. It
+# comes in so many parts then, each of so many rows and columns a step: up to so many rows, and beyond.
+FEW_RANKS, FEWEST_ROWS_OF_PANELS, PARTS_OF_MANY = 32, 17, 8
+FEWER_ROWS, PANEL_OF_FEWER, PANEL_OF_MORE = 64, (16, 64), (32, 128)
 
 
 # And where a mask is drawn for the panel: rows from which that takes longer than reading the weight does in so few
@@ -152,7 +154,9 @@ def fitted(capability: int, processors: int, rows: int, outputs: int, ranks: int
     at_once = (_at_once(tile, rows, outputs, processors) for tile in tiles)
     tile = next((tile for tile in at_once if tile is not None), replace(tiles[-1], splits=1))
     if capability == 90 and ranks > FEW_RANKS and rows >= FEWEST_ROWS_OF_PANELS and tile.splits > 1:
-        return replace(tile, splits=tile.splits // 2, parts=2 * tile.parts)
+        panel_rows, panel_k = PANEL_OF_FEWER if rows <= FEWER_ROWS else PANEL_OF_MORE
+        halved = replace(tile, splits=tile.splits // 2, parts=PARTS_OF_MANY)
+        return replace(halved, panel_rows=panel_rows, panel_k=panel_k)
     return tile
 
 

@@ -32,6 +32,7 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.mm.dtype: torch.ops.aten.mm.dtype,
     torch.ops.aten.addmm.default: torch.addmm,
     torch.ops.aten.addmm_.default: Tensor.addmm_,
+    torch.ops.aten.zero_.default: Tensor.zero_,
     torch.ops.aten._to_copy.default: torch.ops.aten._to_copy.default,
     torch.ops.aten.to.dtype: Tensor.to,
 }

@@ -143,7 +143,9 @@ DECODED = [
     # Rows that do not fill their tiles.
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (40, 100, 200, 300) for n in (1024, 4096)),
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
-    *(Case("bfloat16", "bfloat16", 64, shape=(m, 4096, 1024)) for m in (32, 64, 128)),
+    *(Case("bfloat16", "bfloat16", r, shape=(m, 4096, 1024)) for m in (32, 64, 128) for r in (64, 128)),
+    Case("bfloat16", "float32", 256, shape=(64, 4096, 1024)),
+    Case("bfloat16", "float32", 256, dropout=True, shape=(64, 4096, 1024)),
     *(Case("bfloat16", "float32", 256, shape=(m, 4096, 4096)) for m in (32, 64, 128, 256, 512, 2048)),
     *(Case("bfloat16", "bfloat16", 16, dropout=True, shape=(m, 4096, 4096)) for m in (1, 32, 64)),
     *(
@@ -254,6 +256,9 @@ def compile_case(case: Case) -> None:
         fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)
         tokens = torch.zeros(len(x), dtype=torch.int64)
         fused.embedding(tokens, weight, lora_B.T.contiguous(), lora_A.T.contiguous(), scaling=2.0)
+        lookups = {"num_embeddings": len(weight), "padding_idx": -1, "dtype": adapter_dtype}
+        for by_frequency in (False, True):
+            fused.embedding_grad_lora_A(xa, tokens, **lookups, scale_grad_by_freq=by_frequency)
 
 
 def main(capability: int) -> None:

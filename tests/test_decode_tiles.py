@@ -33,13 +33,14 @@ def test_what_room_there_is_goes_to_splits() -> None:
     assert fitted(90, 132, 1, 32).splits == 4
 
 
-def test_many_ranks_get_parts_for_splits_where_there_are_more_than_few_rows() -> None:
-    tiles = {(rows, ranks): fitted(90, 132, rows, 1024, ranks) for rows in (16, 32, 64, 128) for ranks in (32, 64)}
-    found = {sizes: (tile.splits, tile.parts) for sizes, tile in tiles.items()}
-    assert found == {
-        (16, 32): (4, 4), (16, 64): (4, 4), (32, 32): (4, 4), (32, 64): (2, 8),
-        (64, 32): (4, 4), (64, 64): (2, 8), (128, 32): (2, 2), (128, 64): (1, 4),
-    }  # fmt: skip
+def test_many_ranks_get_programs_for_splits_where_there_are_more_than_few_rows() -> None:
+    for rows, few, many in ((16, (4, 1, 4), (4, 1, 4)), (32, (4, 1, 4), (2, 2, 8)), (64, (4, 1, 4), (2, 4, 8))):
+        for ranks, expected in ((32, few), (33, many), (256, many)):
+            tile = fitted(90, 132, rows, 1024, ranks)
+            assert (tile.splits, cdiv(rows, tile.panel_rows), tile.parts) == expected, (rows, ranks)
+    for rows, panels, parts in ((17, 2, 8), (65, 3, 8), (128, 4, 8)):
+        tile = fitted(90, 132, rows, 1024, 64)
+        assert (cdiv(rows, tile.panel_rows), tile.parts) == (panels, parts), rows
     # Elsewhere it was not measured.
     assert fitted(80, 132, 32, 1024, 64) == fitted(80, 132, 32, 1024, 16)
 

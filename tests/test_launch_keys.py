@@ -27,6 +27,7 @@ from fused_lora.kernels import (
     panel,
     reduce,
     split_panel,
+    token_grad,
 )
 from fused_lora.kernels import launch as module
 
@@ -43,6 +44,7 @@ LAUNCHERS = (
     panel,
     split_panel,
     reduce,
+    token_grad,
 )
 
 
@@ -153,6 +155,10 @@ def test_one_key_means_one_launch(launches: Launches, monkeypatch: pytest.Monkey
                 weight = torch.randn(7, 12).to(dtype)
                 lora_A, lora_B = torch.randn(r, 7).to(adapter_dtype), torch.randn(12, r).to(adapter_dtype)
                 lora_embedding(torch.zeros(tokens, dtype=torch.int64), weight, lora_A, lora_B)
+                for vocabulary, padding, by_frequency in ((7, -1, False), (8, -1, False), (8, 2, False), (8, 2, True)):
+                    panel_of_dy, wide = torch.randn(tokens, r).to(dtype), adapter_dtype
+                    index = torch.zeros(tokens, dtype=torch.int64)
+                    token_grad.grad_lora_A(panel_of_dy, index, vocabulary, padding, by_frequency, wide)
                 effective_weight(weight, lora_B.T, lora_A.T)
                 effective_weight(weight.view(7, 3, 2, 2), lora_B.T, lora_A.T)
     kernels = {name for launcher in LAUNCHERS for name in vars(launcher) if name.endswith("_kernel")}
