@@ -133,16 +133,19 @@ def few_rows_calls(layer: Layer) -> dict[str, Call]:
 
 
 def update_calls(layer: Layer) -> dict[str, Call]:
-    """The launchers of low_rank_update.py: the layer's effective weight, and a lookup of a token for each row of x."""
+    """The layer's effective weight, and a lookup of a token for each row of x, with its gradient."""
     from fused_lora import fused
 
     weight, lora_A, lora_B = (t.detach() for t in (layer.weight, layer.lora_A, layer.lora_B))
     # The layer's weight serves as a table too, of K numbers for each of N words.
     indices = torch.randint(len(weight), (len(layer.x),), device=weight.device)
     table_A, table_B = weight.new_ones(layer.r, len(weight)), weight.new_ones(weight.shape[1], layer.r)
+    dyb = weight.new_ones(len(indices), layer.r)
+    lookups = {"num_embeddings": len(weight), "padding_idx": -1, "scale_grad_by_freq": False, "dtype": weight.dtype}
     return {
         "effective_weight": lambda: fused.effective_weight(weight, lora_A, lora_B, scaling=layer.scaling),
         "embedding": lambda: fused.embedding(indices, weight, table_A, table_B, scaling=layer.scaling),
+        "embedding_grad_lora_A": lambda: fused.embedding_grad_lora_A(dyb, indices, **lookups),
     }
 
 
@@ -152,7 +155,7 @@ GRADIENTS = ("grad_panels", "grad_input", "grad_input, dropout", "grad_lora_A", 
 BACKWARD = (*GRADIENTS, "backward", "backward, dropout")
 IN_ONE_LAUNCH = ("decode", "decode, dropout", "decode, backward", "decode, backward, dropout")
 FEW_ROWS = (*IN_ONE_LAUNCH, "undrawn_panel, dyb", "few_rows_grad, dropout", "mask.drop", "mask.add_kept_", "narrow")
-UPDATE = ("effective_weight", "embedding")
+UPDATE = ("effective_weight", "embedding", "embedding_grad_lora_A")
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 

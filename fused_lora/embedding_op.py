@@ -42,7 +42,7 @@ def _forward(
 
     # F.embedding is not autocast either.
     with without_autocast(weight):
-        return repeated(choice, (weight, indices, lora_A, lora_B), ("embedding", scaling), call)
+        return repeated(choice, (weight, indices, lora_A, lora_B), ("embedding", choice.path, scaling), call)
 
 
 def _inference(*arguments: Any) -> Tensor:
@@ -93,7 +93,7 @@ def _grad_lora_A(
     def call() -> tuple[Tensor]:
         return (module.embedding_grad_lora_A(dyb, indices, **facts, dtype=dtype),)
 
-    return repeated(choice, (dyb, indices), ("embedding_grad_lora_A", *facts.values(), dtype), call)[0]
+    return repeated(choice, (dyb, indices), ("embedding_grad_lora_A", choice.path, *facts.values(), dtype), call)[0]
 
 
 def _fake_grad_lora_A(dyb: Tensor, indices: Tensor, num_embeddings: int, *arguments: Any) -> Tensor:

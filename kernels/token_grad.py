@@ -49,10 +49,12 @@ def _token_grad_kernel(
     times = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, M, STEP):
         others = start + tl.arange(0, STEP)
-        same = tokens[:, None] == tl.load(index_ptr + others, mask=others < M, other=-2).to(tl.int32)[None, :]
+        # Past the last one they are token 0, whose panel is zero there. For any other number triton 3.6 selects it in
+        # other columns than those that it loads.
+        same = tokens[:, None] == tl.load(index_ptr + others, mask=others < M, other=0).to(tl.int32)[None, :]
         first = tl.minimum(first, tl.min(tl.where(same, others[None, :], M), 1))
         if BY_FREQUENCY:
-            times += tl.sum(same.to(tl.int32), 1)
+            times += tl.sum((same & (others < M)[None, :]).to(tl.int32), 1)
         dyb_ptrs = dyb_ptr + others.to(tl.int64)[:, None] * stride_dm + ranks[None, :] * stride_dr
         panel = tl.load(dyb_ptrs, mask=(others < M)[:, None] & in_ranks, other=0.0)
         acc = accumulate(same.to(panel.dtype), panel, acc, "ieee")

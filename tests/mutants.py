@@ -49,6 +49,7 @@ DECODE = "kernels/decode.py"
 DECODE_TILES = "kernels/decode_tiles.py"
 DECODE_LAUNCH = "kernels/decode_launch.py"
 FEW_ROWS = "kernels/few_rows_grad.py"
+TOKENS = "kernels/token_grad.py"
 OWN_PANEL = "kernels/own_panel.py"
 SPLIT_PANEL = "kernels/split_panel.py"
 FIRST_WAVE = "kernels/first_wave.py"
@@ -121,6 +122,7 @@ MASKED_TRIALS = ("tests/test_tuning.py", "-k", "for_masks and True")
 KEYS = ("tests/test_launch_keys.py",)
 AGAIN = ("tests/test_repeat.py",)
 FEW = ("tests/test_few_rows_grad.py",)
+OF_TOKENS = ("tests/test_token_grad.py",)
 CHECKPOINTS = ("tests/test_checkpoints.py", "tests/test_adapter_file.py")
 
 
@@ -773,6 +775,31 @@ MUTANTS = (
     Mutant(
         "padding gets a gradient", EMBEDDING_OP, "weight.shape[0], padding_idx,", "weight.shape[0], -1,", LOOKUPS_TORCH
     ),
+    Mutant("a gradient from every lookup", TOKENS, "(first == lookups)", "(first >= 0)", OF_TOKENS),
+    Mutant(
+        "a gradient from the last lookup", TOKENS, "tl.minimum(first, tl.min(", "tl.maximum(first, tl.max(", OF_TOKENS
+    ),
+    Mutant("padding's column is written", TOKENS, " & (tokens != padding_idx)", "", OF_TOKENS),
+    Mutant("infinities of other tokens", TOKENS, "acc = tl.where(finite, acc, apart)", "acc = acc", OF_TOKENS),
+    Mutant("more lookups than there are", TOKENS, "same & (others < M)[None, :]", "same", OF_TOKENS),
+    Mutant("sums instead of means", TOKENS, "acc *= (1.0 / tl", "acc *= (0.0 * tl", OF_TOKENS),
+    Mutant("too many lookups", TOKENS, "len(indices) <= MOST_LOOKUPS and ", "", OF_TOKENS),
+    Mutant("lookups in a key without padding", TOKENS, "num_embeddings, padding_idx, s", "num_embeddings, s", KEYS),
+    Mutant("nothing is zero", TOKENS, ".zero_()", "", OF_TOKENS),
+    Mutant(
+        "a lookup's scaling is not seen",
+        EMBEDDING_OP,
+        '"embedding", choice.path, scaling',
+        '"embedding", choice.path',
+        REPEATED,
+    ),
+    Mutant(
+        "a mean is a sum to the recording",
+        EMBEDDING_OP,
+        "choice.path, *facts.values(), dtype",
+        "choice.path, dtype",
+        REPEATED,
+    ),
     Mutant(
         "renormalised while merged",
         EMBEDDING,
@@ -852,6 +879,13 @@ MUTANTS = (
     Mutant("arrivals not cleared", DECODE, "        tl.store(arrived_ptr, 0)\n        tl", "        tl", ONE_LAUNCH),
     Mutant("scale forgotten", DECODE, "(total * scale).to", "total.to", ONE_LAUNCH),
     Mutant("parts beside all splits", DECODE_TILES, "splits=tile.splits // 2, p", "p", ONE_LAUNCH_PATH),
+    Mutant(
+        "panels of many ranks by few programs",
+        DECODE_TILES,
+        "(halved, panel_rows=panel_rows, p",
+        "(halved, p",
+        ONE_LAUNCH_PATH,
+    ),
     Mutant("parts for splits anywhere", DECODE_TILES, "capability == 90 and ranks", "ranks", ONE_LAUNCH_PATH),
     Mutant("drawn by the other tile", PANEL, " if dropout is None else tiles.drawn_panel", "", KERNEL_MASKS),
     Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),

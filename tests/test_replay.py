@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 from triton import knobs
 
 import fused_lora
-from fused_lora import Choice, fused, linear_op, ops, repeat
+from fused_lora import Choice, embedding_op, fused, linear_op, ops, repeat
 from fused_lora.kernels import launch, replay
 from fused_lora.kernels.launch import Described
 from fused_lora.kernels.replay import Program, replayed
@@ -394,7 +394,7 @@ def test_products_of_torch_are_repeated(kernel: Compiled, mode: Callable[[], Abs
         y = torch.addmm(x.new_empty(1), x, w.t(), beta=0, alpha=2.0)
         z = torch.mm(y.t(), x)
         z.addmm_(y[1:].t(), torch.mm(y[1:], w), alpha=-0.5)
-        return z, z.to(torch.bfloat16), y.t()[2:]
+        return z, z.to(torch.bfloat16), y.t()[2:], x.new_empty(3, 2).zero_()
 
     for _ in range(5):
         x, w = some(4, 8), some(7, 8)[1:]
@@ -488,6 +488,26 @@ def test_the_kind_of_a_forward_and_of_a_backward(monkeypatch: pytest.MonkeyPatch
     path, given, facts = told.pop()
     assert path == "reference" and [id(t) for t in given] == [id(t) for t in (dy, x, weight, lora_A, lora_B, xa, bits)]
     assert facts == ("backward", "reference", 1.0, torch.float32, *slices)
+
+
+def test_the_kind_of_a_lookup_and_of_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    def noting(choice: Choice, given: Any, facts: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        told.append(([id(t) for t in given], facts))
+        return call()
+
+    monkeypatch.setattr(embedding_op, "repeated", noting)
+    indices, weight, lora_A, lora_B = torch.tensor([1, 4, 1]), torch.randn(5, 8), torch.randn(2, 5), torch.randn(8, 2)
+    _, xa = embedding_op._forward(indices, weight, lora_A, lora_B, 0.75, -1, False, False, "reference")
+    assert told.pop() == ([id(t) for t in (weight, indices, lora_A, lora_B)], ("embedding", "reference", 0.75))
+    dy = torch.randn(3, 8)
+    dyb, _ = embedding_op._grad_panels(dy, lora_B, xa, 0.75, torch.float32, "reference")
+    facts = ("grad_panels", "reference", 0.75, torch.float32)
+    assert told.pop() == ([id(t) for t in (dy, lora_B, xa)], facts)
+    embedding_op._grad_lora_A(dyb, indices, 5, 4, True, torch.float32, "reference")
+    facts = ("embedding_grad_lora_A", "reference", 5, 4, True, torch.float32)
+    assert told.pop() == ([id(t) for t in (dyb, indices)], facts)
 
 
 @pytest.mark.parametrize("path", ["reference", "batch_invariant", "triton", "unfused", "decode"])

@@ -78,6 +78,19 @@ def test_sums_without_rounding_what_float32_can_hold(dtypes: str, index_dtype: t
     assert torch.equal(actual, exact.to(adapter_dtype))
 
 
+@pytest.mark.parametrize("by_frequency", [False, True])
+@pytest.mark.parametrize("r", [16, 33])
+def test_any_number_of_lookups(r: int, by_frequency: bool, device: str) -> None:
+    for lookups in [*range(1, 2 * BLOCK_M + 2), STEP - 1, STEP + 1]:
+        dyb, _ = problem((lookups, 1, r), torch.bfloat16, device)
+        # One token twice, at both ends, and all others once.
+        indices = torch.arange(lookups, 0, -1, device=device) % (lookups - 1 or 1)
+        exact = scattered(dyb.double(), indices, lookups, -1, by_frequency)
+        actual = grad_lora_A(dyb, indices, lookups, -1, by_frequency, torch.bfloat16)
+        # A sum of two terms, halved or not, is rounded once to float32 and once to bfloat16.
+        assert torch.equal(actual, exact.float().bfloat16()), lookups
+
+
 def test_where_a_token_is_first_does_not_matter(device: str) -> None:
     dyb, _ = problem((2 * STEP + 5, 1, 4), torch.bfloat16, device)
     dyb = (dyb * 4).round()
