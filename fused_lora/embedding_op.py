@@ -57,47 +57,38 @@ def _fake_forward(indices: Tensor, weight: Tensor, lora_A: Tensor, *arguments: A
     return _fake_inference(indices, weight), weight.new_empty((indices.shape[0], lora_A.shape[0]))
 
 
-def _grad_panels(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape)
-    module = module_of("grad_panels", choice)
-
-    def call() -> tuple[Tensor | None, Tensor | None]:
-        return module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)  # type: ignore[no-any-return]
-
-    dyb, db = repeated(choice, (dy, lora_B, xa), ("grad_panels", choice.path, scaling, dtype), call)
-    return dy.new_empty(0) if dyb is None else dyb, dy.new_empty(0) if db is None else db
-
-
-def _fake_grad_panels(
-    dy: Tensor, lora_B: Tensor | None, xa: Tensor | None, scaling: float, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    dyb = dy.new_empty(0 if lora_B is None else (dy.shape[0], lora_B.shape[1]))
-    return dyb, dy.new_empty(0) if xa is None else dy.new_empty((dy.shape[1], xa.shape[1]), dtype=dtype)
-
-
-def _grad_lora_A(
-    dyb: Tensor,
-    indices: Tensor,
+def _backward(
+    dy: Tensor,
+    indices: Tensor | None,
+    lora_B: Tensor | None,
+    xa: Tensor | None,
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
+    scaling: float,
     dtype: torch.dtype,
     backend: str,
-) -> Tensor:
-    choice = choose(backend, dyb.device, dyb.dtype, dtype)
-    module = module_of("embedding_grad_lora_A", choice)
-    facts = {"num_embeddings": num_embeddings, "padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
+) -> tuple[Tensor, Tensor]:
+    """da [R, V] where indices and lora_B are given, db [D, R] where xa is, both in `dtype`; or an empty tensor each."""
+    choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape)
+    module = module_of("embedding_backward", choice)
+    lookups = {"num_embeddings": num_embeddings, "padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
 
-    def call() -> tuple[Tensor]:
-        return (module.embedding_grad_lora_A(dyb, indices, **facts, dtype=dtype),)
+    def call() -> tuple[Tensor | None, Tensor | None]:
+        dyb, db = module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
+        return None if dyb is None else module.embedding_grad_lora_A(dyb, indices, **lookups, dtype=dtype), db
 
-    return repeated(choice, (dyb, indices), ("embedding_grad_lora_A", choice.path, *facts.values(), dtype), call)[0]
+    facts = ("embedding_backward", choice.path, *lookups.values(), scaling, dtype)
+    da, db = repeated(choice, (dy, indices, lora_B, xa), facts, call)
+    return dy.new_empty(0) if da is None else da, dy.new_empty(0) if db is None else db
 
 
-def _fake_grad_lora_A(dyb: Tensor, indices: Tensor, num_embeddings: int, *arguments: Any) -> Tensor:
-    return dyb.new_empty((dyb.shape[1], num_embeddings), dtype=arguments[2])
+def _fake_backward(
+    dy: Tensor, indices: Tensor | None, lora_B: Tensor | None, xa: Tensor | None, num_embeddings: int, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = arguments[-2]
+    da = dy.new_empty(0) if lora_B is None else dy.new_empty((lora_B.shape[1], num_embeddings), dtype=dtype)
+    return da, dy.new_empty(0) if xa is None else dy.new_empty((dy.shape[1], xa.shape[1]), dtype=dtype)
 
 
 class _LoRAEmbedding(torch.autograd.Function):
@@ -128,7 +119,7 @@ class _LoRAEmbedding(torch.autograd.Function):
         )
         ctx.lookup = weight.shape[0], padding_idx, scale_grad_by_freq
         ctx.sparse = sparse
-        ctx.panel_arguments = scaling, lora_A.dtype, backend
+        ctx.op_arguments = scaling, lora_A.dtype, backend
         ctx.set_materialize_grads(False)
         return y  # type: ignore[no-any-return]
 
@@ -142,15 +133,13 @@ class _LoRAEmbedding(torch.autograd.Function):
         _, wants_dw, wants_da, wants_db = ctx.needs_input_grad[:4]
         dw = da = db = None
         if wants_da or wants_db:
-            unwatched = direct_gradients(dy, lora_B, xa)
-            panels = _grad_panels if unwatched else torch.ops.fused_lora.lora_embedding_grad_panels
-            dyb, db = panels(dy, lora_B, xa, *ctx.panel_arguments)
-        if wants_da:
-            grad_lora_A = _grad_lora_A if unwatched else torch.ops.fused_lora.lora_embedding_grad_lora_A
-            da = grad_lora_A(dyb, indices, *ctx.lookup, *ctx.panel_arguments[1:])
+            given = dy, indices if wants_da else None, lora_B, xa
+            unwatched = direct_gradients(*given)
+            gradients = _backward if unwatched else torch.ops.fused_lora.lora_embedding_backward
+            da, db = gradients(*given, *ctx.lookup, *ctx.op_arguments)
         if wants_dw:
             dw = torch.ops.aten.embedding_backward(dy, indices, *ctx.lookup, ctx.sparse)
-        return None, dw, da, db if wants_db else None, *others
+        return None, dw, da if wants_da else None, db if wants_db else None, *others
 
 
 _apply = direct_apply(_LoRAEmbedding)
@@ -169,15 +158,9 @@ def lora_embedding(indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tens
 register(f"lora_embedding({_ARGUMENTS}) -> Tensor", _inference, _fake_inference)
 register(f"lora_embedding_forward({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _fake_forward)
 register(
-    "lora_embedding_grad_panels(Tensor dy, Tensor? lora_B, Tensor? xa, float scaling, ScalarType dtype, str backend) "
-    "-> (Tensor, Tensor)",
-    _grad_panels,
-    _fake_grad_panels,
-)
-register(
-    "lora_embedding_grad_lora_A(Tensor dyb, Tensor indices, SymInt num_embeddings, SymInt padding_idx, "
-    "bool scale_grad_by_freq, ScalarType dtype, str backend) -> Tensor",
-    _grad_lora_A,
-    _fake_grad_lora_A,
+    "lora_embedding_backward(Tensor dy, Tensor? indices, Tensor? lora_B, Tensor? xa, SymInt num_embeddings, "
+    "SymInt padding_idx, bool scale_grad_by_freq, float scaling, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
 )
 make_differentiable("lora_embedding", _LoRAEmbedding)

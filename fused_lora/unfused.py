@@ -82,7 +82,13 @@ def grad_panels(
     if len(enable_lora) > 1:
         return _grad_panels_of_slices(dy, lora_B, xa, scaling, dtype, enable_lora)
     dyb = None if lora_B is None else undrawn_panel(dy, lora_B, scaling, xa)
-    return dyb, None if xa is None else _product(dy.t(), xa, dtype)
+    if xa is None:
+        return dyb, None
+    if len(dy) <= scaled(_FEW_ROWS, dy.device) and dy.dtype.itemsize == 2:
+        # The first product of cuBLAS's on a thread takes the host several times as long as a launch.
+        with on(dy):
+            return dyb, few_rows_grad(dy, xa, None, xa, None, dtype)[1]
+    return dyb, _product(dy.t(), xa, dtype)
 
 
 def _grad_panels_of_slices(

@@ -796,8 +796,8 @@ MUTANTS = (
     Mutant(
         "a mean is a sum to the recording",
         EMBEDDING_OP,
-        "choice.path, *facts.values(), dtype",
-        "choice.path, dtype",
+        "choice.path, *lookups.values(), scaling",
+        "choice.path, scaling",
         REPEATED,
     ),
     Mutant(

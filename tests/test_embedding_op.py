@@ -211,11 +211,10 @@ def test_each_gradient_is_computed_only_if_wanted(wanted: tuple[bool, ...]) -> N
     weight, lora_A, lora_B = wanted
     names = [name for name, _ in recorded.calls]
     assert names.count("embedding_dense_backward") == weight
-    assert names.count("lora_embedding_grad_lora_A") == lora_A
-    panels = [arguments for name, arguments in recorded.calls if name == "lora_embedding_grad_panels"]
-    assert len(panels) == (lora_A or lora_B)
-    for _, given_lora_B, given_xa, *_ in panels:
-        assert (given_lora_B is not None, given_xa is not None) == (lora_A, lora_B)
+    adapters = [arguments for name, arguments in recorded.calls if name == "lora_embedding_backward"]
+    assert len(adapters) == (lora_A or lora_B)
+    for _, *given, _, _, _, _, _, _ in adapters:
+        assert [tensor is not None for tensor in given] == [lora_A, lora_A, lora_B]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +248,10 @@ def test_opcheck(dtypes: tuple[torch.dtype, torch.dtype], options: tuple[int, bo
     plain = [t.detach() for t in lookup.factors()]
     torch.library.opcheck(ops.lora_embedding.default, (lookup.indices, *lookup.factors(), *rest))
     torch.library.opcheck(ops.lora_embedding_forward.default, (lookup.indices.int(), *plain, *rest))
+    panel = torch.randn(6, 3).to(dtypes[0])
+    backward = (5, *options, 0.5, dtypes[1], "auto")
+    for given in ((lookup.indices, plain[2], panel), (lookup.indices, plain[2], None), (None, None, panel)):
+        torch.library.opcheck(ops.lora_embedding_backward.default, (lookup.dy, *given, *backward))
 
 
 def test_opcheck_of_a_strided_weight() -> None:
