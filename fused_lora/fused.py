@@ -214,7 +214,7 @@ def embedding_grad_lora_A(
     dyb: Tensor, indices: Tensor, *, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
 ) -> Tensor:
     """da [R, num_embeddings] in `dtype` of the panel dyb [M, R] and tokens [M]; padding_idx -1 is none."""
-    if not token_grad.takes(indices, num_embeddings):
+    if not token_grad.takes(dyb, num_embeddings):
         return sorted_grad_lora_A(
             dyb,
             indices,

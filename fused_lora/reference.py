@@ -243,11 +243,11 @@ def embedding_grad_lora_A(
     torch's own scatter is dense and sorts by token instead of adding atomically. A token that occurs often is summed in
     float32 even on the CPU, where torch would add in dyb's dtype.
     """
-    wide = in_dtype(dyb, torch.promote_types(dyb.dtype, torch.float32))
+    wide = in_dtype(dyb, torch.float32) if dyb.dtype.itemsize == 2 else dyb
     by_token = torch.ops.aten.embedding_dense_backward.default(
         wide, indices, num_embeddings, padding_idx, scale_grad_by_freq
     )
-    return in_dtype(by_token.t(), dtype).contiguous()
+    return dyb.new_empty((dyb.shape[1], num_embeddings), dtype=dtype).copy_(by_token.t())
 
 
 def _updated(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:

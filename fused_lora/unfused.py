@@ -84,10 +84,9 @@ def grad_panels(
     dyb = None if lora_B is None else undrawn_panel(dy, lora_B, scaling, xa)
     if xa is None:
         return dyb, None
-    if len(dy) <= scaled(_FEW_ROWS, dy.device) and dy.dtype.itemsize == 2:
+    if len(dy) <= scaled(_FEW_MASKED_ROWS, dy.device) and dy.dtype.itemsize == 2:
         # The first product of cuBLAS's on a thread takes the host several times as long as a launch.
-        with on(dy):
-            return dyb, few_rows_grad(dy, xa, None, xa, None, dtype)[1]
+        return dyb, few_rows_grad(dy, xa, None, xa, None, dtype)[1]
     return dyb, _product(dy.t(), xa, dtype)
 
 

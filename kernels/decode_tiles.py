@@ -155,8 +155,10 @@ def fitted(capability: int, processors: int, rows: int, outputs: int, ranks: int
     tile = next((tile for tile in at_once if tile is not None), replace(tiles[-1], splits=1))
     if capability == 90 and ranks > FEW_RANKS and rows >= FEWEST_ROWS_OF_PANELS and tile.splits > 1:
         panel_rows, panel_k = PANEL_OF_FEWER if rows <= FEWER_ROWS else PANEL_OF_MORE
-        halved = replace(tile, splits=tile.splits // 2, parts=PARTS_OF_MANY)
-        return replace(halved, panel_rows=panel_rows, panel_k=panel_k)
+        splits = tile.splits // 2
+        room = processors - cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n) * splits
+        parts = max(1, min(PARTS_OF_MANY, room // cdiv(rows, panel_rows)))
+        return replace(tile, splits=splits, panel_rows=panel_rows, panel_k=panel_k, parts=parts)
     return tile
 
 

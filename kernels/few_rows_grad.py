@@ -27,7 +27,8 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     x, dy, dyb, xa, da, db = (args[f"{name}_ptr"] for name in ("x", "dy", "dyb", "xa", "da", "db"))
     some = x if xa is None else dy
     flops = 2.0 * args["M"] * sum(grad.numel() for grad in (da, db) if grad is not None)
-    return stated_work("few_rows_grad", flops, x, dy, dyb, xa, da, db, args["bits_ptr"], dtype=some.dtype)
+    panel = None if x is None else dyb
+    return stated_work("few_rows_grad", flops, x, dy, panel, xa, da, db, args["bits_ptr"], dtype=some.dtype)
 
 
 @triton.jit

@@ -33,6 +33,8 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.addmm.default: torch.addmm,
     torch.ops.aten.addmm_.default: Tensor.addmm_,
     torch.ops.aten.zero_.default: Tensor.zero_,
+    torch.ops.aten.copy_.default: Tensor.copy_,
+    torch.ops.aten.embedding_dense_backward.default: torch.ops.aten.embedding_dense_backward.default,
     torch.ops.aten._to_copy.default: torch.ops.aten._to_copy.default,
     torch.ops.aten.to.dtype: Tensor.to,
 }

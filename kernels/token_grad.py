@@ -18,8 +18,9 @@ from ._accumulate import accumulate
 from .config import rank_block
 from .launch import cdiv, launch, stated_work, strides
 
-# For more lookups torch, which sorts them, takes less time. Tokens are compared as 32-bit numbers.
-MOST_LOOKUPS, MOST_TOKENS = 8192, 1 << 31
+# For more lookups torch, which sorts them, takes less time: measured for up to so many ranks in half precision, and
+# fewer are taken of others. Tokens are compared as 32-bit numbers.
+MOST_LOOKUPS, MOST_MEASURED_RANKS, MOST_OTHER_LOOKUPS, MOST_TOKENS = 8192, 64, 2048, 1 << 31
 # One warp has nobody to wait for. Of what it reads element by element it has fewer registers for a step.
 BLOCK_M, STEP, SHORT_STEP, NUM_STAGES = 16, 128, 64, 3
 # Ranks of a program.
@@ -75,9 +76,11 @@ def _token_grad_kernel(
     tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=writes[:, None] & in_ranks)
 
 
-def takes(indices: Tensor, num_embeddings: int) -> bool:
-    """Whether the kernel computes these, and in less time than torch."""
-    return len(indices) <= MOST_LOOKUPS and num_embeddings <= MOST_TOKENS
+def takes(dyb: Tensor, num_embeddings: int) -> bool:
+    """Whether the kernel computes lookups with this panel [M, R], and is thought to take less time than torch."""
+    lookups, ranks = dyb.shape
+    measured = dyb.dtype.itemsize == 2 and ranks <= MOST_MEASURED_RANKS and ranks % 8 == 0
+    return lookups <= (MOST_LOOKUPS if measured else MOST_OTHER_LOOKUPS) and num_embeddings <= MOST_TOKENS
 
 
 def grad_lora_A(

@@ -16,7 +16,7 @@ from fused_lora.kernels.launch import cdiv
 @pytest.mark.parametrize("outputs", [16, 1024, 4096])
 @pytest.mark.parametrize("ranks", [16, 64])
 def test_small_outputs_run_at_once_beside_the_panel(rows: int, outputs: int, ranks: int) -> None:
-    for processors in (108, 128, 132, 148):
+    for processors in (16, 60, 108, 128, 132, 148):
         tile = fitted(90, processors, rows, outputs, ranks)
         tiles = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n)
         programs = tiles * tile.splits + cdiv(rows, tile.panel_rows) * tile.parts

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 from numerics import assert_as_accurate_as
 
+from fused_lora import unfused
 from fused_lora.kernels.few_rows_grad import few_rows_grad
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
@@ -72,6 +73,29 @@ def test_takes_any_strides(device: str) -> None:
     strided["dy"], t["dy"] = (torch.ones(1, 1, device=device).expand(37, 141) for _ in range(2))
     for once, again in zip(*(few_rows_grad(**each, dtype=torch.float32) for each in (t, strided)), strict=True):
         assert torch.equal(once, again)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "dtype", "launched"),
+    [(16, torch.bfloat16, True), (17, torch.bfloat16, False), (16, torch.float32, False)],
+    ids=str,
+)
+def test_db_alone_of_few_rows_is_a_launch(
+    rows: int, dtype: torch.dtype, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an embedding's is, which has no x; the bound is that of a GPU, scaled for the interpreter."""
+    calls = []
+
+    def watched(*arguments: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        calls.append(arguments)
+        return few_rows_grad(*arguments)
+
+    monkeypatch.setattr(unfused, "few_rows_grad", watched)
+    dy, xa = (torch.randn(rows, size).round().to(dtype) for size in (24, 5))
+    dyb, db = unfused.grad_panels(dy, None, xa, scaling=2.0, dtype=torch.float32)
+    # Sums of small integers.
+    assert dyb is None and torch.equal(db, dy.float().T @ xa.float()) and bool(calls) == launched
 
 
 @interpreted

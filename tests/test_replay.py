@@ -388,19 +388,20 @@ def test_products_of_torch_are_repeated(kernel: Compiled, mode: Callable[[], Abs
     """Where nothing can be differentiated, torch does not take its operations apart beforehand."""
     calls = 0
 
-    def products(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    def products(x: Tensor, w: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
         nonlocal calls
         calls += 1
         y = torch.addmm(x.new_empty(1), x, w.t(), beta=0, alpha=2.0)
         z = torch.mm(y.t(), x)
         z.addmm_(y[1:].t(), torch.mm(y[1:], w), alpha=-0.5)
-        return z, z.to(torch.bfloat16), y.t()[2:], x.new_empty(3, 2).zero_()
+        by_token = torch.ops.aten.embedding_dense_backward(w, indices, 5, -1, False)
+        return z, z.to(torch.bfloat16), y.t()[2:], x.new_empty(3, 2).zero_(), x.new_empty(8, 5).copy_(by_token.t())
 
     for _ in range(5):
-        x, w = some(4, 8), some(7, 8)[1:]
+        given = some(4, 8), some(7, 8)[1:], torch.randint(5, (6,))
         with mode():
-            found = replayed((x, w), (), lambda x=x, w=w: products(x, w))
-        expected = products(x, w)
+            found = replayed(given, (), lambda given=given: products(*given))
+        expected = products(*given)
         calls -= 1
         for one, other in zip(found, expected, strict=True):
             assert one is not None and torch.equal(one, other) and one.stride() == other.stride()

@@ -143,16 +143,31 @@ def test_touches_only_its_arguments_and_writes_the_tokens_that_occur_once(
     assert not da[:, others].any() and not da.isnan().any()
 
 
-@pytest.mark.parametrize("bound", ["MOST_LOOKUPS", "MOST_TOKENS"])
-def test_beyond_its_bounds_torch_sorts(bound: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("bound", "r", "dtype"),
+    [
+        ("MOST_LOOKUPS", 8, torch.bfloat16),
+        ("MOST_OTHER_LOOKUPS", 8, torch.float32),
+        ("MOST_OTHER_LOOKUPS", 3, torch.bfloat16),
+        ("MOST_OTHER_LOOKUPS", 72, torch.float16),
+        ("MOST_TOKENS", 8, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_beyond_its_bounds_torch_sorts(
+    bound: str, r: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuses(*arguments: object) -> Tensor:
         raise AssertionError("the kernel was launched")
 
-    dyb, indices = problem((9, 9, 3), torch.bfloat16, device)
+    dyb, indices = problem((9, 9, r), dtype, device)
+    dyb = (dyb * 4).round()
     options = {"num_embeddings": 9, "padding_idx": -1, "scale_grad_by_freq": False, "dtype": torch.float32}
     expected = reference.embedding_grad_lora_A(dyb, indices, **options)
     monkeypatch.setattr(token_grad, bound, 9)
-    assert torch.equal(fused.embedding_grad_lora_A(dyb, indices, **options), expected)
+    with monkeypatch.context() as patched:
+        patched.setattr(reference, "in_dtype", refuses)
+        assert torch.equal(fused.embedding_grad_lora_A(dyb, indices, **options), expected)
     monkeypatch.setattr(token_grad, bound, 8)
     monkeypatch.setattr(token_grad, "grad_lora_A", refuses)
     assert torch.equal(fused.embedding_grad_lora_A(dyb, indices, **options), expected)
