@@ -141,11 +141,12 @@ def update_calls(layer: Layer) -> dict[str, Call]:
     indices = torch.randint(len(weight), (len(layer.x),), device=weight.device)
     table_A, table_B = weight.new_ones(layer.r, len(weight)), weight.new_ones(weight.shape[1], layer.r)
     dyb = weight.new_ones(len(indices), layer.r)
-    lookups = {"num_embeddings": len(weight), "padding_idx": -1, "scale_grad_by_freq": False, "dtype": weight.dtype}
     return {
         "effective_weight": lambda: fused.effective_weight(weight, lora_A, lora_B, scaling=layer.scaling),
         "embedding": lambda: fused.embedding(indices, weight, table_A, table_B, scaling=layer.scaling),
-        "embedding_grad_lora_A": lambda: fused.embedding_grad_lora_A(dyb, indices, **lookups),
+        "embedding_grad_lora_A": lambda: fused.embedding_grad_lora_A(
+            dyb, indices, len(weight), -1, False, weight.dtype
+        ),
     }
 
 

@@ -84,8 +84,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every step, in sustained state and in bursts; as a CUDA graph, or as it is called.
 
-    captures: how many graphs of each step take turns by rounds. One graph of the same kernels was seen to be up to 5 %
-    faster than another, whose memory lies elsewhere.
+    captures: how many graphs of each step take turns by rounds, so that none of them decides.
     as_called: names of the steps that cannot be captured and are called as they are beside the others' graphs.
     burst_rounds: None is as many as rounds; with 0 the timings have no bursts.
     """

@@ -72,13 +72,13 @@ def _backward(
     """da [R, V] where indices and lora_B are given, db [D, R] where xa is, both in `dtype`; or an empty tensor each."""
     choice = choose_linear(backend, dy.device, dy.dtype, dtype, *dy.shape)
     module = module_of("embedding_backward", choice)
-    lookups = {"num_embeddings": num_embeddings, "padding_idx": padding_idx, "scale_grad_by_freq": scale_grad_by_freq}
+    lookups = num_embeddings, padding_idx, scale_grad_by_freq
 
     def call() -> tuple[Tensor | None, Tensor | None]:
         dyb, db = module.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype)
-        return None if dyb is None else module.embedding_grad_lora_A(dyb, indices, **lookups, dtype=dtype), db
+        return None if dyb is None else module.embedding_grad_lora_A(dyb, indices, *lookups, dtype), db
 
-    facts = ("embedding_backward", choice.path, *lookups.values(), scaling, dtype)
+    facts = ("embedding_backward", choice.path, *lookups, scaling, dtype)
     da, db = repeated(choice, (dy, indices, lora_B, xa), facts, call)
     return dy.new_empty(0) if da is None else da, dy.new_empty(0) if db is None else db
 

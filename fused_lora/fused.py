@@ -211,17 +211,11 @@ def embedding(
 
 
 def embedding_grad_lora_A(
-    dyb: Tensor, indices: Tensor, *, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
+    dyb: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
 ) -> Tensor:
     """da [R, num_embeddings] in `dtype` of the panel dyb [M, R] and tokens [M]; padding_idx -1 is none."""
+    given = dyb, indices, num_embeddings, padding_idx, scale_grad_by_freq, dtype
     if not token_grad.takes(dyb, num_embeddings):
-        return sorted_grad_lora_A(
-            dyb,
-            indices,
-            num_embeddings=num_embeddings,
-            padding_idx=padding_idx,
-            scale_grad_by_freq=scale_grad_by_freq,
-            dtype=dtype,
-        )
+        return sorted_grad_lora_A(*given)
     with on(dyb):
-        return token_grad.grad_lora_A(dyb, indices, num_embeddings, padding_idx, scale_grad_by_freq, dtype)
+        return token_grad.grad_lora_A(*given)

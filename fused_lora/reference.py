@@ -236,7 +236,7 @@ def embedding(
 
 
 def embedding_grad_lora_A(
-    dyb: Tensor, indices: Tensor, *, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
+    dyb: Tensor, indices: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
 ) -> Tensor:
     """da [R, num_embeddings] in `dtype` of the panel dyb [M, R] and tokens [M]; padding_idx -1 is none.
 

@@ -21,7 +21,7 @@ from .launch import cdiv, launch, stated_work, strides
 # For more lookups torch, which sorts them, takes less time: measured for up to so many ranks in half precision, and
 # fewer are taken of others. Tokens are compared as 32-bit numbers.
 MOST_LOOKUPS, MOST_MEASURED_RANKS, MOST_OTHER_LOOKUPS, MOST_TOKENS = 8192, 64, 2048, 1 << 31
-# One warp has nobody to wait for. Of what it reads element by element it has fewer registers for a step.
+# Of one warp, which meets no barrier. Where it reads numbers one by one, registers are enough for the short step alone.
 BLOCK_M, STEP, SHORT_STEP, NUM_STAGES = 16, 128, 64, 3
 # Ranks of a program.
 MOST_RANKS = 32

@@ -260,9 +260,8 @@ def compile_case(case: Case) -> None:
         fused.effective_weight(weight, lora_A, lora_B, scaling=2.0)
         tokens = torch.zeros(len(x), dtype=torch.int64)
         fused.embedding(tokens, weight, lora_B.T.contiguous(), lora_A.T.contiguous(), scaling=2.0)
-        lookups = {"num_embeddings": len(weight), "padding_idx": -1, "dtype": adapter_dtype}
         for by_frequency in (False, True):
-            fused.embedding_grad_lora_A(xa, tokens, **lookups, scale_grad_by_freq=by_frequency)
+            fused.embedding_grad_lora_A(xa, tokens, len(weight), -1, by_frequency, adapter_dtype)
 
 
 def main(capability: int) -> None:

@@ -782,7 +782,7 @@ MUTANTS = (
     Mutant("padding's column is written", TOKENS, " & (tokens != padding_idx)", "", OF_TOKENS),
     Mutant("infinities of other tokens", TOKENS, "acc = tl.where(finite, acc, apart)", "acc = acc", OF_TOKENS),
     Mutant("more lookups than there are", TOKENS, "same & (others < M)[None, :]", "same", OF_TOKENS),
-    Mutant("sums instead of means", TOKENS, "acc *= (1.0 / tl", "acc *= (0.0 * tl", OF_TOKENS),
+    Mutant("sums instead of means", TOKENS, "1.0 / tl.maximum(times, 1)", "1.0 * tl.minimum(times, 1)", OF_TOKENS),
     Mutant(
         "too many lookups", TOKENS, "lookups <= (MOST_LOOKUPS if measured else MOST_OTHER_LOOKUPS) and ", "", OF_TOKENS
     ),
@@ -799,7 +799,7 @@ MUTANTS = (
     Mutant(
         "a mean is a sum to the recording",
         EMBEDDING_OP,
-        "choice.path, *lookups.values(), scaling",
+        "choice.path, *lookups, scaling",
         "choice.path, scaling",
         REPEATED,
     ),

@@ -162,15 +162,15 @@ def test_beyond_its_bounds_torch_sorts(
 
     dyb, indices = problem((9, 9, r), dtype, device)
     dyb = (dyb * 4).round()
-    options = {"num_embeddings": 9, "padding_idx": -1, "scale_grad_by_freq": False, "dtype": torch.float32}
-    expected = reference.embedding_grad_lora_A(dyb, indices, **options)
+    given = dyb, indices, 9, -1, False, torch.float32
+    expected = reference.embedding_grad_lora_A(*given)
     monkeypatch.setattr(token_grad, bound, 9)
     with monkeypatch.context() as patched:
         patched.setattr(reference, "in_dtype", refuses)
-        assert torch.equal(fused.embedding_grad_lora_A(dyb, indices, **options), expected)
+        assert torch.equal(fused.embedding_grad_lora_A(*given), expected)
     monkeypatch.setattr(token_grad, bound, 8)
     monkeypatch.setattr(token_grad, "grad_lora_A", refuses)
-    assert torch.equal(fused.embedding_grad_lora_A(dyb, indices, **options), expected)
+    assert torch.equal(fused.embedding_grad_lora_A(*given), expected)
 
 
 @pytest.mark.parametrize("requested", ["triton", "unfused"])
@@ -184,9 +184,7 @@ def test_an_embeddings_backward_takes_it(requested: str, device: str, monkeypatc
     monkeypatch.setattr(token_grad, "grad_lora_A", watched)
     lora_A = torch.randn(3, 7, device=device, requires_grad=True)
     with use_backend(requested):
-        y = lora_embedding(
-            torch.tensor([6, 1, 6], device=device), *(t.to(device) for t in (torch.randn(7, 5),)), lora_A,
-            torch.randn(5, 3, device=device), padding_idx=1,
-        )  # fmt: skip
+        indices, table = torch.tensor([6, 1, 6], device=device), torch.randn(7, 5, device=device)
+        y = lora_embedding(indices, table, lora_A, torch.randn(5, 3, device=device), padding_idx=1)
         y.sum().backward()
     assert len(calls) == 1 and lora_A.grad[:, 6].all() and lora_A.grad.count_nonzero() == 3
