@@ -1,10 +1,10 @@
 """python -m benchmarks.sweep: is our layer ever slower than loralib's eager one, beyond 2 % of noise?
 
 Points are tokens x shape x rank x dropout, each with CUDA graphs and called as a user calls it. They come in a shuffled
-order, so that a run which --seconds ends early is a sample of them all; what was not measured is reported. Each point's
-outputs are checked first. Without graphs every point is measured in full windows, as the host's time is noisy; as
-graphs those that are not clearly faster in short ones, and the full ones count. With few tokens the weight is one of
-several that take turns, since a model's is not cached.
+order, so that a run which --seconds ends early is a sample of them all; what was not measured is reported, and --resume
+measures it. Each point's outputs are checked first. Without graphs every point is measured in full windows, as the
+host's time is noisy; as graphs those that are not clearly faster in short ones, and the full ones count. With few
+tokens the weight is one of several that take turns, since a model's is not cached.
 
 --backends auto,triton,... measures several paths by their name for `fused_lora.use_backend` and says which is fastest
 where; losses are counted for the first. Writes sweep.md, sweep.json and sweep.csv.
@@ -13,11 +13,13 @@ where; losses are counted for the first. Writes sweep.md, sweep.json and sweep.c
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -106,6 +108,22 @@ def measure_point(point: Point, modes: list[str], options: argparse.Namespace) -
     return rows
 
 
+def point_of(row: Row) -> Point:
+    return Point(*(row[each.name] for each in fields(Point)))
+
+
+def resume(results: Results, earlier: Path) -> None:
+    """Takes over what a run on the same machine and commit measured; ValueError for any other."""
+    content = json.loads(earlier.read_text())
+    for name, value in results.header.items():
+        before = content["header"][name]
+        if name == "options":
+            results.header[name] = f"{value} (resumed: {before})"
+        elif before != value and name != "date":
+            raise ValueError(f"--resume is {earlier}, whose {name} is {before}; expected {value}.")
+    results.records += content["records"]
+
+
 def losses(rows: list[Row]) -> list[Row]:
     """Rows in which we are slower than eager by more than noise; the worst first."""
     return sorted((row for row in rows if row["ratio"] > 1 + NOISE), key=lambda row: -row["ratio"])
@@ -162,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_of.add_argument("--adapter-dtype", help="default: as --dtype")
     options_of.add_argument("--backends", default="auto", help="names for use_backend, separated by commas")
     options_of.add_argument("--seconds", type=float, default=480.0, help="start no further point after this")
+    options_of.add_argument("--resume", type=Path, help="the JSON of a run that ended early, whose points are kept")
     options_of.add_argument("--rounds", type=int, default=3)
     options_of.add_argument("--window", type=float, default=15.0, help="milliseconds")
     options_of.add_argument("--confirm-window", type=float, default=80.0, help="milliseconds, of full windows")
@@ -187,6 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.confirm_window:g} ms, under graphs where {options.rounds} of {options.window:g} ms are not clear"
     )
     results = Results(title, header_of(options))
+    if options.resume is not None:
+        resume(results, options.resume)
+        measured = {point_of(row) for row in results.records}
+        points = [point for point in points if point not in measured]
     missing: list[Point] = []
     for done, point in enumerate(points):
         if say.seconds >= options.seconds:

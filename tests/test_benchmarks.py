@@ -306,6 +306,23 @@ def test_sweep_says_what_it_had_no_time_for(common: list[str], tmp_path: Path) -
     assert not records and f"{points} points not measured" in text and "64→16 M=16384: 2" in text
 
 
+def test_a_resumed_sweep_measures_the_other_points(
+    common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(sweep, "CONFIRM_ROUNDS", 1)
+    options = [*common, *SWEEP, "--confirm-window", "0.01", "--modes", "eager"]
+    sweep.main([*options, "--tokens", "3", "--p", "0.1", "--name", "part"])
+    (kept,), _ = written(tmp_path, "part")
+    both = [*options, "--tokens", "3", "5", "--p", "0.1", "--resume", str(tmp_path / "part.json")]
+    sweep.main(both)
+    records, text = written(tmp_path, "sweep")
+    assert records[0] == kept and [r["tokens"] for r in records] == [3, 5] and "--name part" in text
+    assert "of 2 measured" in text and "0 points not measured" in text
+    with pytest.raises(ValueError, match="whose commit is tested; expected other"):
+        sweep.main([*both, "--commit", "other"])
+
+
 def test_a_loss_is_more_than_noise() -> None:
     rows = [{"ratio": ratio} for ratio in (0.5, 1.02, 1.021, 3.0)]
     assert [row["ratio"] for row in sweep.losses(rows)] == [3.0, 1.021]
