@@ -173,7 +173,7 @@ def backward(
     in_one_launch = dyb_alone and len(dy) <= scaled(_FEW_ROWS if bits is None else _FEW_MASKED_ROWS, dy.device)
     # A db that needs a read of dy by itself can wait until dx's GEMM runs.
     early_xa, later_xa = (None, xa) if many else (xa, None)
-    overlapping, beside, held = overlaps(dy.device), False, list[Tensor]()
+    overlapping = overlaps(dy.device)
     dx = dyb = db = None
     with on(dy):
         if weight is not None and lora_A is not None and lora_B is not None:
@@ -182,14 +182,18 @@ def backward(
             dyb = undrawn_panel(dy, lora_B, scaling, xa)
         else:
             dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
+        # An empty dx is not launched.
+        beside = overlapping and dyb is not None and weight is not None and dy.numel() * weight.numel() > 0
+        beside = beside and lora_A is not None and not (x is None and later_xa is None)
+        grads = None
+        if not in_one_launch:
+            grads = adapter_grad.prepared_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
         if dyb is not None and weight is not None and lora_A is not None:
-            # An empty dx is not launched.
-            beside = overlapping and not in_one_launch and dy.numel() * weight.numel() > 0
-            beside = beside and not (x is None and later_xa is None)
-            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, held=held if beside else None)
-        if dyb is not None and in_one_launch:
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, followed=beside and grads is not None)
+        if grads is None:
+            assert dyb is not None
             return dx, *few_rows_grad(dy, dyb, x, xa, bits, dtype)
-        da, later_db = adapter_grad.adapter_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
+        da, later_db = grads()
     return dx, da, later_db if many else db
 
 

@@ -15,17 +15,20 @@ from .dispatch import BATCH_INVARIANT, Choice, choose
 # rows of whatever is bound by reading the weight.
 _FEWEST_ROWS, _FEWEST_OUTPUTS, _FEW_DECODED = 2048, 1 << 21, 64
 # Rows of a forward that is one launch, and its ranks. Of more ranks at most so many elements of the panel, or of lora_A
-# beside many outputs, or few of all rows.
+# beside many outputs, or few of all rows. And of more than _MANY_RANKS, up to the last, few rows of so many inputs.
 _DECODED, _DECODED_RANKS, _LARGEST_DECODED_FACTOR, _SMALL_PANEL = 512, 64, 1 << 19, 1 << 14
 _HIDING_OUTPUTS, _FEWER_OUTPUTS = 8192, 1 << 19
-# Of one that draws a mask. With up to _MOST_DRAWN_RANKS where outputs are so many times the inputs, beside at most so
-# many elements of the mask, which are drawn meanwhile. Of so many inputs at most: with up to _FEW_RANKS as many rows,
-# with up to _DECODED_RANKS more rows where outputs are few. And of more ranks, and of more than _MOST_DRAWN_RANKS, so
-# few rows. Of no more rows than the last no whole waves of tiles.
+_MANY_RANKS, _MOST_DECODED_RANKS, _MOST_INPUTS_OF_MOST = 128, 256, 8192
+# Of one that draws a mask. With up to _MANY_RANKS, and few rows of more, where outputs are so many times the inputs,
+# beside at most so many elements of the mask, which are drawn meanwhile. Of so many inputs at most: with up to
+# _FEW_RANKS as many rows, with up to _DECODED_RANKS more rows where outputs are few. Of more ranks a few more rows
+# where outputs are many or so few, and of more than _MANY_RANKS so few rows of no fewer outputs. Of no more rows than
+# the last no whole waves of tiles.
 _FEW_RANKS, _MOST_DRAWN_FEATURES = 32, 4096
 _FEW_DRAWN_ROWS, _FEW_DRAWN_OUTPUTS, _FEWEST_DIVIDED_ROWS = 1024, 1 << 20, 256
-_HIDING_TIMES, _HIDDEN_MASK, _MOST_DRAWN_RANKS = 2, 1 << 20, 128
-_ROWS_OF_MANY_RANKS, _ROWS_OF_MOST_RANKS, _TOO_FEW_FOR_WAVES = 32, 16, 256
+_HIDING_TIMES, _HIDDEN_MASK = 2, 1 << 20
+_ROWS_OF_MANY_RANKS, _OUTPUTS_OF_MANY_RANKS = 128, 1 << 17
+_ROWS_OF_MOST_RANKS, _FEWEST_OUTPUTS_OF_MOST, _TOO_FEW_FOR_WAVES = 16, 4096, 256
 # Of a backward that is one launch but for the adapter's gradients: rows, and the features on both sides; and where few
 # ranks make lora_B's rows short, which the panel's few programs read slowly, the features that they go through.
 _DECODED_BACK, _DECODED_FEATURES, _FEW_INNER = 128, 4096, 1024
@@ -115,10 +118,13 @@ def _masked_forward(
     beside_many = out_features >= _HIDING_TIMES * in_features and rows * in_features <= _HIDDEN_MASK
     few_inputs = in_features <= _MOST_DRAWN_FEATURES
     few_outputs = few_inputs and rows <= _FEW_DRAWN_ROWS and rows * out_features <= _FEW_DRAWN_OUTPUTS
-    if ranks > _MOST_DRAWN_RANKS:
-        decodes = rows <= _ROWS_OF_MOST_RANKS and out_features >= _HIDING_OUTPUTS
+    if ranks > _MANY_RANKS:
+        few = rows <= _ROWS_OF_MOST_RANKS and in_features <= _MOST_INPUTS_OF_MOST
+        few = few and out_features >= _FEWEST_OUTPUTS_OF_MOST
+        decodes = ranks <= _MOST_DECODED_RANKS and (few or (beside_many and rows <= _ROWS_OF_MANY_RANKS))
     elif ranks > _DECODED_RANKS:
-        decodes = beside_many or rows <= _ROWS_OF_MANY_RANKS
+        hidden = out_features >= _HIDING_OUTPUTS or rows * out_features <= _OUTPUTS_OF_MANY_RANKS
+        decodes = beside_many or rows <= _FEW_DECODED or (rows <= _ROWS_OF_MANY_RANKS and hidden)
     elif ranks > _FEW_RANKS:
         decodes = beside_many or rows <= _FEW_DECODED or (rows >= _FEWEST_DIVIDED_ROWS and few_outputs)
     else:
@@ -143,18 +149,17 @@ def _forward(
     trains: bool,
 ) -> Choice:
     from .kernels import decode_tiles, first_wave, own_panel
+    from .kernels.config import processors
 
     sizes = rows, in_features, out_features
     if ranks <= own_panel.MOST_RANKS and own_panel.tile_of(device, dtype, *sizes):
         return _FEW_OUTPUTS
     if rows * out_features >= _FEWEST_OUTPUTS_OF_WAVES and first_wave.first_wave(device, dtype, *sizes, ranks):
         return choice
-    few = rows <= _FEW_DECODED or rows * ranks <= _SMALL_PANEL
-    large = rows > _DECODED or ranks * in_features > _LARGEST_DECODED_FACTOR
-    many_or_few = out_features >= _HIDING_OUTPUTS or rows * out_features <= _FEWER_OUTPUTS
-    decodes = ranks <= _DECODED_RANKS or few or (not large and many_or_few)
+    if decode_tiles.of_many_ranks(processors(device), rows, out_features, ranks) is not None:
+        return _FEW_DECODED_ROWS if rows <= _DECODED else _MORE_DECODED_ROWS
     busy = decode_tiles.kept_busy(device, rows, out_features) >= _BUSY
-    if decodes and busy:
+    if busy and _decodes_ranks(rows, in_features, out_features, ranks):
         if rows <= _DECODED:
             return _FEW_DECODED_ROWS
         most = _MOST_DECODED if rows < _FEWEST_ROWS else max(in_features, out_features)
@@ -162,6 +167,18 @@ def _forward(
         if alone and out_features >= _FEWEST_DECODED_OUTPUTS and max(in_features, out_features) <= most:
             return _MORE_DECODED_ROWS
     return _where_full(choice, device, rows, out_features, in_features, _FULL)
+
+
+def _decodes_ranks(rows: int, in_features: int, out_features: int, ranks: int) -> bool:
+    """Whether one launch's few programs compute a panel of so many ranks while its tiles are."""
+    if ranks <= _DECODED_RANKS:
+        return True
+    few = rows <= _FEW_DECODED
+    if ranks > _MANY_RANKS:
+        return few and ranks <= _MOST_DECODED_RANKS and in_features <= _MOST_INPUTS_OF_MOST
+    large = rows > _DECODED or ranks * in_features > _LARGEST_DECODED_FACTOR
+    many_or_few = out_features >= _HIDING_OUTPUTS or rows * out_features <= _FEWER_OUTPUTS
+    return few or rows * ranks <= _SMALL_PANEL or (not large and many_or_few)
 
 
 @lru_cache(maxsize=1024)
@@ -187,10 +204,12 @@ def choose_backward(
         return _ASKED_TO_DECODE
     if not _measured(device):
         return choice
-    if rows <= _FEW_DECODED:
+    most = 0 if ranks > _MOST_DECODED_RANKS else _ROWS_OF_MOST_RANKS if ranks > _MANY_RANKS else _FEW_DECODED
+    if rows <= most:
         return _FEW_DECODED_ROWS
     inner, columns = features
-    if rows <= _DECODED_BACK and max(features) <= _DECODED_FEATURES and (ranks > _FEW_RANKS or inner <= _FEW_INNER):
+    few = rows <= _DECODED_BACK and max(features) <= _DECODED_FEATURES and ranks <= _MANY_RANKS
+    if few and (ranks > _FEW_RANKS or inner <= _FEW_INNER):
         return _FEW_DECODED_ROWS
     return _where_full(choice, device, rows, columns, inner, _FULL_ENOUGH if inner <= columns else _FULL)
 

@@ -11,7 +11,7 @@ GPUs can (config.py's `overlaps`), those that come after it begin while it runs:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def _adapter_grad_kernel(
             gdc_wait()
 
 
-def _launch(
+def _prepared(
     left: Tensor,
     panel: Tensor,
     factor: Tensor | None,
@@ -150,8 +150,9 @@ def _launch(
     transposed: bool,
     beside: bool = False,
     followed: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, and partial products [tiles, M, R].
+) -> tuple[Tensor, Tensor | None, Callable[[], None]]:
+    """Partial gradients [splits, I, R], or [splits, R, I] if transposed, partial products [tiles, M, R], and what
+    launches their kernel.
 
     In float32; a single gradient, which is whole, in `dtype`. beside: begins while the launch before still runs.
     followed: the next launch begins while this one runs, and waits for it.
@@ -197,8 +198,7 @@ def _launch(
     }
     made = {"grad_ptr": grad, "product_ptr": product}
     facts = (tile, precision, transposed, beside, followed, grad.dtype, *enable_lora)
-    launch(_adapter_grad_kernel, tensors, facts, arguments, made)
-    return grad, product
+    return grad, product, lambda: launch(_adapter_grad_kernel, tensors, facts, arguments, made)
 
 
 def grad_panels(
@@ -222,8 +222,11 @@ def grad_panels(
         tile = tiles.adapter_grad[rank_block(ranks)]
         if tiles is HOPPER and columns >= FEWEST_WIDE_COLUMNS and ranks <= MOST_WIDE_RANKS:
             tile = WIDE
-        db, dyb = _launch(dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False, followed=overlaps)
+        db, dyb, start = _prepared(
+            dy, xa, lora_B, None, tile, torch.float32, enable_lora, transposed=False, followed=overlaps
+        )
         assert dyb is not None
+        start()
         return reduce(dyb, dy.dtype, scaling, (db, dtype), beside=overlaps)
     dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
     return dyb, adapter_grads(dy, xa, None, None, None, dtype, enable_lora)[1]
@@ -237,34 +240,58 @@ def adapter_grads(
     bits: Tensor | None,
     dtype: torch.dtype,
     enable_lora: Sequence[bool] = (True,),
+) -> tuple[Tensor | None, Tensor | None]:
+    """da [R, K] where x and dyb are given, db [N, R] where xa is, both in `dtype`."""
+    return prepared_grads(dy, xa, dyb, x, bits, dtype, enable_lora)()
+
+
+def prepared_grads(
+    dy: Tensor,
+    xa: Tensor | None,
+    dyb: Tensor | None,
+    x: Tensor | None,
+    bits: Tensor | None,
+    dtype: torch.dtype,
+    enable_lora: Sequence[bool] = (True,),
     *,
     beside: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """da [R, K] where x and dyb are given, db [N, R] where xa is, both in `dtype`.
+) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    """What computes `adapter_grads`, into memory that is already there.
 
-    beside: the launch before is `grad_input`'s, which was given a list to hold; they begin while it runs, and their sum
-    is launched while they run.
+    beside: it is called after `grad_input`, which is followed, and its launches begin while that one runs; so is their
+    sum launched while they run. Memory that came later could be another thread's, whose launch came in between.
     """
     partial_db = partial_da = None
+    starts = []
     if xa is not None:
         I, R = dy.shape[1] // len(enable_lora), xa.shape[1] // sum(enable_lora)
         if dy.numel() == 0:
             partial_db = xa.new_zeros((1, sum(enable_lora) * I, R), dtype=dtype)
         else:
             tile = tiles_for(dy.device, dy.dtype, I).adapter_grad[rank_block(R)]
-            partial_db, _ = _launch(
+            partial_db, _, start = _prepared(
                 dy, xa, None, None, tile, dtype, enable_lora, transposed=False, beside=beside, followed=beside
             )
+            starts.append(start)
     if x is not None and dyb is not None:
         if x.numel() == 0:
             partial_da = x.new_zeros((1, dyb.shape[1], x.shape[1]), dtype=dtype)
         else:
             tiles = tiles_for(x.device, x.dtype, x.shape[1])
             tile = (tiles.adapter_grad if bits is None else tiles.grad_lora_A)[rank_block(dyb.shape[1])]
-            partial_da, _ = _launch(x, dyb, None, bits, tile, dtype, transposed=True, beside=beside, followed=beside)
-    if partial_da is not None and partial_db is not None and len(partial_da) > 1 and len(partial_db) > 1:
-        return reduce(partial_da, dtype, 1.0, (partial_db, dtype), beside=beside)
-    return _whole(partial_da, dtype, beside), _whole(partial_db, dtype, beside)
+            partial_da, _, start = _prepared(
+                x, dyb, None, bits, tile, dtype, transposed=True, beside=beside, followed=beside
+            )
+            starts.append(start)
+
+    def compute() -> tuple[Tensor | None, Tensor | None]:
+        for start in starts:
+            start()
+        if partial_da is not None and partial_db is not None and len(partial_da) > 1 and len(partial_db) > 1:
+            return reduce(partial_da, dtype, 1.0, (partial_db, dtype), beside=beside)
+        return _whole(partial_da, dtype, beside), _whole(partial_db, dtype, beside)
+
+    return compute
 
 
 def _whole(partials: Tensor | None, dtype: torch.dtype, beside: bool) -> Tensor | None:

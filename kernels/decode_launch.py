@@ -30,12 +30,13 @@ from .launch import (
     strides,
 )
 
-# Ranks of the panel's pieces, and of those that an output tile of many elements adds in a step beside its registers.
+# Ranks that an output tile adds in a step, and that one of many elements does beside its registers.
 RANK_STEP = 64
 WIDE_RANK_STEP = 32
 WIDE = 128 * 64
 GROUP_M_ALONE = 32
 FEW_ROWS = 128
+FEW_PANEL_ROWS = 32
 # Elements of a mask that a warp draws at once.
 MOST_DRAWN = 1024
 
@@ -44,9 +45,15 @@ def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, dropout: D
     """The panel's step over K: the tile's, or less.
 
     Wide factors would take more shared memory than the output, and a mask drawn at once more registers than there are,
-    as would addresses in a factor whose rows are not contiguous.
+    as would addresses in a factor whose rows are not contiguous, and converting a wide one.
     """
-    panel_k, element = tile.panel_k if lora_A.stride(1) == 1 else min(tile.panel_k, 64), x.element_size()
+    wide, element = ranks > RANK_STEP, x.element_size()
+    if wide and lora_A.dtype != x.dtype:
+        panel_k = min(tile.panel_k, 32)
+    elif lora_A.stride(1) != 1 or (wide and dropout is not None):
+        panel_k = min(tile.panel_k, 64)
+    else:
+        panel_k = tile.panel_k
     of_output = (tile.block_m + tile.block_n) * tile.block_k * element
     while panel_k > 16 and (tile.panel_rows * element + ranks * lora_A.element_size()) * panel_k > of_output:
         panel_k //= 2
@@ -56,6 +63,12 @@ def _panel_k(tile: DecodeTile, ranks: int, x: Tensor, lora_A: Tensor, dropout: D
         while panel_k > 16 and tile.panel_rows * panel_k > most:
             panel_k //= 2
     return panel_k
+
+
+def _panel_r(tile: DecodeTile, lora_A: Tensor) -> int:
+    """Ranks of the panel's pieces; of many rows fewer where addresses in a factor would take the registers."""
+    plain = lora_A.stride(1) == 1 or tile.panel_rows <= FEW_PANEL_ROWS
+    return min(rank_block(len(lora_A)), tile.panel_ranks if plain else RANK_STEP)
 
 
 @lru_cache(maxsize=1024)
@@ -145,7 +158,7 @@ def decode(
         descriptors["weight_descriptor"] = weight, [tile.block_n, tile.block_k]
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
-        width, panel_r = N // len(enable_lora), min(rank_block(RANKS), RANK_STEP)
+        width, panel_r = N // len(enable_lora), _panel_r(tile, lora_A)
         touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
         block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
         panel_k = _panel_k(tile, panel_r, x, lora_A, dropout)

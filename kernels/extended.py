@@ -175,12 +175,12 @@ def extended(
     out: Tensor,
     tile: LinearTile,
     first_tile: int,
-    held: list[Tensor] | None,
+    followed: bool,
 ) -> None:
     """Computes out [M, J] from its first_tile on, in the order of `place`, of what `takes` holds for.
 
-    A panel or a factor [R, enabled * width] that the copy engine cannot read as it lies is copied first. held: as for
-    fused_linear.py's `grad_input`.
+    A panel or a factor [R, enabled * width] that the copy engine cannot read as it lies is copied first. followed: as
+    for fused_linear.py's `grad_input`.
     """
     (M, I), J, R, slices = left.shape, right.shape[1], len(factor), len(enable_lora)
     transposed = right.stride(1) != 1
@@ -190,8 +190,6 @@ def extended(
     if slices > 1:
         left_block, left_view, panel = [1, *left_block], left.unsqueeze(0), panel.unflatten(1, (-1, R))
     panel, factor = _readable(panel, left), _readable(factor, left)
-    if held is not None:
-        held += [panel, factor]
     panel_view = panel.transpose(0, 1) if slices > 1 else panel
     right_block = block_of_right(tile, transposed)
     # Halves take less time; with a mask, quarters leave shared memory for the gradient that runs beside this.
@@ -214,9 +212,9 @@ def extended(
             WIDTH=J // slices, **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_J=tile.block_j, BLOCK_I=tile.block_i, GROUP_M=GROUP_M,
             TRANSPOSED=transposed, PIECES=pieces, PRECISION=input_precision(left.dtype),
-            FOLLOWED=held is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            FOLLOWED=followed, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     tensors = dict(left_ptr=left, right_ptr=right, panel_ptr=panel, factor_ptr=factor, bias_ptr=bias, bits_ptr=bits)
-    facts = (tile, transposed, first_tile, held is None, input_precision(left.dtype), *enable_lora)
+    facts = (tile, transposed, first_tile, followed, input_precision(left.dtype), *enable_lora)
     launch(_extended_kernel, tensors, facts, arguments, {"out_ptr": out}, described)

@@ -146,15 +146,15 @@ def _fused_linear(
     out: Tensor,
     tile: LinearTile | None = None,
     first_tile: int = 0,
-    held: list[Tensor] | None = None,
+    followed: bool = False,
 ) -> Tensor:
-    """out [M, J], computed from its first_tile on, in the order of `place`; held: as for `grad_input`."""
+    """out [M, J], computed from its first_tile on, in the order of `place`; followed: as for `grad_input`."""
     (M, I), J, R = left.shape, right.shape[1], len(factor)
     if out.numel() == 0:
         return out
     tile = tile or tiles_for(left.device, left.dtype, I, J).linear
     if extended.takes(left, right, out, len(enable_lora), bits, tile):
-        extended.extended(left, right, panel, factor, bias, bits, enable_lora, out, tile, first_tile, held)
+        extended.extended(left, right, panel, factor, bias, bits, enable_lora, out, tile, first_tile, followed)
         return out
     transposed = right.stride(1) != 1
     rows_of_right = right.T if transposed else right
@@ -222,12 +222,12 @@ def grad_input(
     lora_A: Tensor,
     bits: Tensor | None,
     *,
-    held: list[Tensor] | None = None,
+    followed: bool = False,
 ) -> Tensor:
     """dx [M, K] of dy [M, N], weight [N, K], the panel dyb [M, R] and lora_A [R, K].
 
-    held: if given, the next launch may begin while this one runs, and must not read dx, nor end before it. Copies that
-    this one reads are added, to live until all memory of that launch is allocated, which else could be theirs.
+    followed: the next launch may begin while this one runs. It must not read dx, nor end before it, and what it writes
+    must have been allocated before: memory freed since may still be read.
     """
     dx = dy.new_empty((len(dy), weight.shape[1]))
-    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dx, held=held)
+    return _fused_linear(dy, weight, dyb, lora_A, None, bits, (True,), dx, followed=followed)

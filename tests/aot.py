@@ -140,6 +140,8 @@ TIGHT = [
 # A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
 DECODED = [
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (1, 32, 64, 128, 256, 512, 2048) for n in WIDTHS),
+    # Two programs on a multiprocessor.
+    *(Case("bfloat16", "bfloat16", r, shape=(m, 4096, 2048)) for m in (512, 640) for r in (16, 64)),
     # Rows that do not fill their tiles.
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (40, 100, 200, 300) for n in (1024, 4096)),
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
@@ -162,9 +164,15 @@ DECODED = [
     Case("float32", "float32", 100, shape=(37, 53, 41)),
 ]
 
-# Panels of many ranks, which come in parts of their own where the table is Hopper's.
+# Panels of many ranks, which come in parts and pieces of their own where the table is Hopper's.
 MANY_RANKS = [
-    *(Case("bfloat16", "bfloat16", 128, shape=(m, 4096, 1024)) for m in (64, 128)),
+    *(Case("bfloat16", "bfloat16", 128, shape=(m, 4096, n)) for m in (16, 32, 64, 128, 256, 512) for n in (1024, 4096)),
+    *(Case("bfloat16", "float32", 128, shape=(m, 4096, n)) for m, n in ((32, 14336), (64, 4096), (256, 4096))),
+    *(Case("bfloat16", "float32", 128, shape=(m, 4096, n)) for m, n in ((512, 4096), (1000, 1024))),
+    Case("bfloat16", "bfloat16", 96, shape=(200, 4096, 8192)),
+    Case("bfloat16", "bfloat16", 128, shape=(1000, 4096, 1024)),
+    *(Case("bfloat16", "bfloat16", 256, dropout=True, shape=(m, 4096, n)) for m, n in ((16, 4096), (128, 14336))),
+    *(Case("bfloat16", "bfloat16", 128, dropout=True, shape=(m, 4096, n)) for m in (16, 64, 128) for n in (1024, 8192)),
     Case("bfloat16", "float32", 128, dropout=True, shape=(64, 4096, 1024)),
 ]
 

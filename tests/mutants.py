@@ -149,8 +149,14 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("dx followed unsaid", FUSED, "held=held if beside else None", "held=None", BESIDE),
-    Mutant("memory given away while it is read", EXTENDED, "held += [panel, factor]", "pass", BESIDE),
+    Mutant("dx followed unsaid", FUSED, "followed=beside and grads is not None", "followed=False", BESIDE),
+    Mutant(
+        "memory that came while it is read",
+        FUSED,
+        "grads = adapter_grad.prepared_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)",
+        "grads = lambda: adapter_grad.prepared_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)()",
+        BESIDE,
+    ),
     Mutant("beside an empty dx", FUSED, " and dy.numel() * weight.numel() > 0", "", BESIDE),
     Mutant("db alone not beside dx", FUSED, "not (x is None and later_xa is None)", "x is not None", BESIDE),
     Mutant("lora_B rounded in lora_A's blocks", NARROW, "block - A_blocks, B_ROWS", "block, B_ROWS", ROUNDED),
@@ -287,7 +293,7 @@ MUTANTS = (
         "few_inputs = True",
         CHOICE,
     ),
-    Mutant("masks of hundreds of ranks", LINEAR_CHOICE, "if ranks > _MOST_DRAWN_RANKS:", "if False:", CHOICE),
+    Mutant("masks of hundreds of ranks", LINEAR_CHOICE, "ranks <= _MOST_DECODED_RANKS and (few", "(few", CHOICE),
     Mutant("masks beside outputs of any size", LINEAR_CHOICE, "and rows * in_features <= _HIDDEN_MASK", "", CHOICE),
     Mutant(
         "masks of many rows and outputs", LINEAR_CHOICE, "and out_features < _HIDING_TIMES * in_features", "", CHOICE
@@ -312,8 +318,8 @@ MUTANTS = (
     Mutant(
         "one launch kept from few rows",
         LINEAR_CHOICE,
-        "    if decodes and busy:\n",
-        "    if decodes and busy and rows > _DECODED:\n",
+        "    if busy and _decodes_ranks(",
+        "    if busy and rows > _DECODED and _decodes_ranks(",
         ONE_LAUNCH_PATH,
     ),
     Mutant(
@@ -438,7 +444,7 @@ MUTANTS = (
         "transposed, grad.dtype",
         KEYS,
     ),
-    Mutant("one key for dx alone and followed", EXTENDED, "first_tile, held is None, input", "first_tile, input", KEYS),
+    Mutant("one key for dx alone and followed", EXTENDED, "first_tile, followed, input", "first_tile, input", KEYS),
     Mutant("one key for sums alone and beside", REDUCE, "dtype, beside, None", "dtype, None", KEYS),
     Mutant("a sum that waits for nothing", REDUCE, "        gdc_wait()", "        pass", BESIDE),
     Mutant("a sum not told to begin early", REDUCE, "launch_pdl=beside", "launch_pdl=False", BESIDE),
@@ -916,9 +922,47 @@ MUTANTS = (
         "    if",
         FEW,
     ),
-    Mutant("parts for splits anywhere", DECODE_TILES, "capability == 90 and ranks", "ranks", ONE_LAUNCH_PATH),
+    Mutant("parts for splits anywhere", DECODE_TILES, "if capability != 90:", "if False:", ONE_LAUNCH_PATH),
+    Mutant(
+        "panels of many ranks longer than a tile",
+        DECODE_TILES,
+        " and tile.panel_rows * ranks <= found.parts * tile.block_m * tile.block_n",
+        "",
+        ONE_LAUNCH_PATH,
+    ),
+    Mutant("masks of many ranks beside two", DECODE_TILES, "many = None if drawn else", "many =", ONE_LAUNCH_PATH),
+    Mutant("masks beside two", DECODE_TILES, " if tile.held == 1 or not drawn]", "]", ONE_LAUNCH_PATH),
+    Mutant(
+        "one program for room for two",
+        DECODE_TILES,
+        "room = processors * tile.held",
+        "room = processors",
+        ONE_LAUNCH_PATH,
+    ),
+    Mutant("wide pieces of any rows", DECODE_TILES, "tile.panel_rows * PIECE_OF_MANY <=", "0 <=", ONE_LAUNCH_PATH),
+    Mutant(
+        "many ranks by two elsewhere", LINEAR_CHOICE, "rows, out_features, ranks) is not None:", "0, 0, 0):", CHOICE
+    ),
+    Mutant("backwards of any ranks", LINEAR_CHOICE, "0 if ranks > _MOST_DECODED_RANKS else", "", CHOICE),
+    Mutant(
+        "more rows back of many ranks", LINEAR_CHOICE, " and ranks <= _MANY_RANKS\n    if few", "\n    if few", CHOICE
+    ),
+    Mutant(
+        "few rows of any inputs",
+        LINEAR_CHOICE,
+        " and in_features <= _MOST_INPUTS_OF_MOST\n    large",
+        "\n    large",
+        CHOICE,
+    ),
+    Mutant(
+        "second pieces of ranks",
+        DECODE,
+        "for start_r in range(0, RANKS, BLOCK_R):",
+        "for start_r in range(0, 1):",
+        ONE_LAUNCH,
+    ),
     Mutant("drawn by the other tile", PANEL, " if dropout is None else tiles.drawn_panel", "", KERNEL_MASKS),
-    Mutant("more programs than processors", DECODE_TILES, "tiles + panels > p", "tiles > p", ONE_LAUNCH_PATH),
+    Mutant("more programs than processors", DECODE_TILES, "tiles + panels > room", "tiles > room", ONE_LAUNCH_PATH),
     Mutant("no batch invariance", DISPATCH, "    if invariant_blocks:\n", "    if False:\n", ONE_LAUNCH_PATH),
     Mutant(
         "a plan for every dtype",

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_lora.functional import lora_linear
+from fused_lora.reference import Dropout, dropout_threshold
+
 
 def assert_as_accurate_as(actual: Tensor, same_dtype: Tensor, exact: Tensor, what: str = "result") -> None:
     """|actual - exact| <= 2 |same_dtype - exact|, by maxima, with a floor of one rounding unit at exact's scale.
@@ -99,3 +102,23 @@ def make_problem(
         bias=draw(out_features) if bias else None,
         dy=draw(rows, out_features).detach(),
     )
+
+
+def assert_step_is_as_accurate(problem: Problem, p: float) -> None:
+    """y and all gradients of a training step without a bias on a GPU, beside torch's under autocast, with one mask."""
+    wide = problem.to(torch.float64)
+    seed = torch.tensor([3], device="cuda")
+    dropout = Dropout(seed, dropout_threshold(p)) if p > 0 else None
+    keep, q = (None, 1.0) if dropout is None else (dropout.mask(*problem.x.shape), dropout.keep_probability)
+    results = []
+    for inputs, kind in ((problem, "ours"), (problem, "autocast"), (wide, "exact")):
+        inputs.x.grad = inputs.weight.grad = inputs.lora_A.grad = inputs.lora_B.grad = None
+        if kind == "ours":
+            y = lora_linear(*inputs.arguments()[:4], scaling=0.75, dropout_p=p, training=True, seed=seed)
+        else:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=kind == "autocast"):
+                y = unfused(*inputs.arguments(), 0.75, keep, q)
+        y.backward(inputs.dy)
+        results.append({"y": y.detach()} | {n: g for n, g in inputs.gradients().items() if g is not None})
+    for name, value in results[0].items():
+        assert_as_accurate_as(value, results[1][name], results[2][name], name)

@@ -49,7 +49,15 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
         self.told: list[str] = []
-        self.read_beside: list[StorageWeakRef] = []
+        self.allocated_since: set[StorageWeakRef] = set()
+        new_empty = Tensor.new_empty
+
+        def allocate(*arguments: Any, **options: Any) -> Tensor:
+            made = new_empty(*arguments, **options)
+            self.allocated_since.add(StorageWeakRef(made.untyped_storage()))
+            return made
+
+        monkeypatch.setattr(Tensor, "new_empty", allocate)
         for launcher in (adapter_grad, extended, few_rows_grad, fused_linear, narrow, panel, reduce):
             monkeypatch.setattr(launcher, "launch", self)
         # Triton's interpreter knows neither instruction.
@@ -63,10 +71,12 @@ class Launches:
         name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
         self.seen.append(name + " followed" * followed + " beside" * beside)
         self.told.clear()
-        # What may still be read is not free for what begins beside it to be allocated there.
-        assert not any(storage.expired() for storage in self.read_beside if beside)
         if not beside:
-            self.read_beside = [StorageWeakRef(t.untyped_storage()) for t in tensors.values() if t is not None]
+            self.allocated_since.clear()
+        elif name != "reduce":
+            # Since then memory may have been freed that is still read: by dx, or by another thread's launch.
+            written = {StorageWeakRef(t.untyped_storage()) for t in made.values() if t is not None}
+            assert not written & self.allocated_since
         module.launch(kernel, tensors, facts, arguments, made or {}, descriptors or {})
         # Every program lets the next launch begin; all of a sum's wait for the one before, of others one.
         assert self.told.count(BEGIN) == (math.prod(grid) if followed else 0)

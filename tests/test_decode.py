@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2
 SPLIT = DecodeTile(16, 16, 16, num_warps=4, num_stages=2, panel_rows=16, panel_k=16, parts=3, splits=4)
 # More parts than are summed in pieces of all ranks.
 PARTS = DecodeTile(16, 32, 16, num_warps=4, num_stages=2, panel_rows=64, panel_k=16, parts=9)
-TILES = pytest.mark.parametrize("tile", [PLAIN, SPLIT, PARTS], ids=["plain", "split", "parts"])
+WIDE = replace(SPLIT, panel_ranks=128)
+TILES = pytest.mark.parametrize("tile", [PLAIN, SPLIT, PARTS, WIDE], ids=["plain", "split", "parts", "wide"])
 
 # (rows, in_features, out_features, r): odd everywhere, several tiles of the panel, more parts than steps, r in steps
 SHAPES = [(1, 64, 96, 16), (37, 53, 41, 5), (5, 16, 64, 130), (1, 1, 1, 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_as_accurate_as
+from numerics import assert_as_accurate_as, assert_step_is_as_accurate, make_problem
 from torch import Tensor, nn
 
 import fused_lora
@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
 
-SHAPES = pytest.mark.parametrize("shape", [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)], ids=str)
+SHAPES = pytest.mark.parametrize(
+    "shape", [(4096, 4096), (4096, 1024), (4096, 2048), (4096, 14336), (14336, 4096)], ids=str
+)
 
 
 def problem(rows: int, in_features: int, out_features: int, r: int, adapter_dtype=torch.bfloat16) -> list[Tensor]:
@@ -31,8 +33,8 @@ def expected(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
 
 
 @SHAPES
-@pytest.mark.parametrize("r", [8, 64, 200])
-@pytest.mark.parametrize("rows", [1, 3, 16, 32, 64, 100, 128, 256, 512, 1000, 2048, 5000])
+@pytest.mark.parametrize("r", [8, 64, 128, 200])
+@pytest.mark.parametrize("rows", [1, 3, 16, 32, 64, 100, 128, 256, 512, 640, 1000, 2048, 5000])
 @torch.no_grad()
 def test_every_tile_is_as_accurate_as_torch(rows: int, r: int, shape: tuple[int, int]) -> None:
     inputs = problem(rows, *shape, r, torch.float32 if r == 64 else torch.bfloat16)
@@ -40,6 +42,27 @@ def test_every_tile_is_as_accurate_as_torch(rows: int, r: int, shape: tuple[int,
         y = lora_linear(*inputs, scaling=0.5)
     exact = expected(*(t.double() for t in inputs), 0.5)
     assert_as_accurate_as(y, expected(*inputs, 0.5), exact)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("r", "adapter_dtype"), [(16, torch.bfloat16), (65, torch.float32), (128, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 4096, 4096), (64, 14336, 4096), (128, 8192, 8192), (250, 4096, 4096), (512, 4096, 2048), (1000, 4096, 1024)],
+    ids=str,
+)
+def test_a_step_on_the_path_that_it_takes(
+    shape: tuple[int, int, int], r: int, adapter_dtype: torch.dtype, p: float
+) -> None:
+    options = {"dtype": torch.bfloat16, "adapter_dtype": adapter_dtype, "bias": False, "device": "cuda"}
+    assert_step_is_as_accurate(make_problem(*shape, r, **options), p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(16, 4096, 4096), (16, 14336, 4096), (64, 4096, 4096), (128, 4096, 14336)], ids=str)
+def test_a_step_of_most_ranks(shape: tuple[int, int, int], p: float) -> None:
+    options = {"dtype": torch.bfloat16, "bias": False, "device": "cuda"}
+    assert_step_is_as_accurate(make_problem(*shape, 256, **options), p)
 
 
 @SHAPES

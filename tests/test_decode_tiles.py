@@ -14,15 +14,15 @@ from fused_lora.kernels.launch import cdiv
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 64, 128, 256, 512])
 @pytest.mark.parametrize("outputs", [16, 1024, 4096])
-@pytest.mark.parametrize("ranks", [16, 64])
+@pytest.mark.parametrize("ranks", [16, 64, 128])
 def test_small_outputs_run_at_once_beside_the_panel(rows: int, outputs: int, ranks: int) -> None:
     for processors in (16, 60, 108, 128, 132, 148):
         tile = fitted(90, processors, rows, outputs, ranks)
         tiles = cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n)
         programs = tiles * tile.splits + cdiv(rows, tile.panel_rows) * tile.parts
         assert tile.parts > 0
-        if tiles + cdiv(rows, tile.panel_rows) <= processors:
-            assert programs <= processors, (processors, tile)
+        if tiles + cdiv(rows, tile.panel_rows) <= processors * tile.held:
+            assert programs <= processors * tile.held, (processors, tile)
         else:
             assert tile.splits == 1, (processors, tile)
 
@@ -43,6 +43,52 @@ def test_many_ranks_get_programs_for_splits_where_there_are_more_than_few_rows()
         assert (cdiv(rows, tile.panel_rows), tile.parts) == (panels, parts), rows
     # Elsewhere it was not measured.
     assert fitted(80, 132, 32, 1024, 64) == fitted(80, 132, 32, 1024, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "ranks", "tile", "parts"),
+    [
+        (256, 1024, 128, (64, 64, 128), 4),
+        (256, 4096, 128, (64, 64, 64), 2),
+        (256, 4112, 128, (64, 128, 64), 2),
+        (256, 8192, 65, (64, 128, 64), 2),
+        (512, 1024, 128, (128, 64, 64), 4),
+        # The panel in one part would take as long as two of these tiles, in two parts there is no room for it.
+        (512, 2048, 128, (64, 128, 64), 2),
+        (512, 4096, 128, (64, 128, 64), 1),
+        (1024, 1024, 128, (64, 128, 64), 2),
+        (512, 4112, 128, None, 0),
+        (1025, 1024, 128, None, 0),
+        (128, 1024, 128, None, 0),
+        (256, 1024, 129, None, 0),
+        (256, 1024, 64, None, 0),
+    ],
+)
+def test_panels_of_many_ranks_take_no_longer_than_a_tile(
+    rows: int, outputs: int, ranks: int, tile: tuple[int, ...] | None, parts: int
+) -> None:
+    found = decode_tiles.of_many_ranks(132, rows, outputs, ranks)
+    if tile is None:
+        assert found is None
+        return
+    assert found is not None and (found.block_m, found.block_n, found.block_k) == tile and found.parts == parts
+    fit = fitted(90, 132, rows, outputs, ranks)
+    assert (fit.block_m, fit.block_n, fit.parts, fit.panel_ranks) == (*tile[:2], parts, 128)
+    # A mask takes longer to draw, and it was not measured on other GPUs.
+    assert fitted(90, 132, rows, outputs, ranks, drawn=True).held == 1
+    assert fitted(100, 132, rows, outputs, ranks).panel_ranks == 64
+
+
+def test_two_programs_on_a_multiprocessor_where_one_tile_each_would_leave_half_idle() -> None:
+    for rows, outputs, tile, held in ((512, 2048, (64, 64), 2), (512, 2064, (128, 128), 1), (640, 2048, (64, 128), 2)):
+        found = fitted(90, 132, rows, outputs, 16)
+        assert ((found.block_m, found.block_n), found.held) == (tile, held), (rows, outputs)
+        assert fitted(90, 132, rows, outputs, 16, drawn=True).held == 1
+
+
+def test_a_panel_comes_in_wide_pieces_where_its_sums_fit_in_registers() -> None:
+    pieces = {rows: fitted(90, 132, rows, 4096, 16).panel_ranks for rows in (1, 64, 128, 512, 1024, 2048)}
+    assert pieces == {1: 128, 64: 128, 128: 128, 512: 64, 1024: 128, 2048: 64}
 
 
 def test_a_mask_is_drawn_by_programs_enough_to_be_ready_when_the_weight_is_read(

@@ -203,10 +203,17 @@ def test_a_forward_alone_takes_one_launch_where_that_takes_less_time(gpu: torch.
 def test_a_forward_that_keeps_something_takes_one_launch_for_more_rows_where_it_is_busy(gpu: torch.device) -> None:
     # With 16 ranks, and with 128.
     cases = {
-        (256, 4096, 4096): ("decode", "unfused"),
-        (512, 4096, 4096): ("decode", "unfused"),
+        (256, 4096, 4096): ("decode", "decode"),
+        (512, 4096, 4096): ("decode", "decode"),
+        (512, 4112, 4096): ("decode", "decode"),
+        (512, 4096, 4112): ("decode", "unfused"),
+        (256, 8192, 8192): ("decode", "decode"),
+        (257, 8192, 8192): ("decode", "unfused"),
         (512, 4096, 14336): ("decode", "decode"),
         (512, 4096, 1024): ("decode", "decode"),
+        (640, 4096, 2048): ("decode", "decode"),
+        (1024, 4096, 1024): ("triton", "decode"),
+        (1025, 4096, 1024): ("unfused", "unfused"),
         (1024, 4096, 4096): ("decode", "triton"),
         (1024, 14336, 4096): ("triton", "triton"),
         (1024, 8192, 8192): ("decode", "triton"),
@@ -259,13 +266,22 @@ def test_a_forward_with_a_mask_takes_one_launch_where_that_takes_less_time(gpu: 
         (256, 8192, 16384, 8): "unfused",
         (257, 8192, 11264, 8): "triton",
         # More ranks.
-        (32, 14336, 4096, 65): "decode",
-        (33, 14336, 4096, 65): "unfused",
-        (64, 4096, 4096, 128): "unfused",
+        (64, 14336, 4096, 65): "decode",
+        (64, 4096, 4096, 128): "decode",
+        (65, 4096, 4096, 128): "unfused",
+        (128, 4096, 1024, 128): "decode",
+        (129, 4096, 1008, 128): "unfused",
+        (128, 8192, 8192, 128): "decode",
+        (128, 8192, 8176, 128): "unfused",
+        (16, 8192, 4096, 256): "decode",
+        (16, 4096, 4080, 256): "unfused",
+        (16, 8208, 8192, 256): "unfused",
+        (16, 4096, 4096, 257): "unfused",
+        (128, 4096, 14336, 256): "decode",
+        (129, 4096, 14336, 256): "unfused",
+        (128, 4096, 14336, 257): "unfused",
         (16, 8192, 8192, 256): "decode",
         (17, 8192, 8192, 256): "unfused",
-        (16, 4096, 8176, 129): "unfused",
-        (16, 4096, 8176, 128): "decode",
         # Otherwise by waves: half of one, a whole one, one and seven tenths, two and a fourth.
         (512, 4096, 4096, 64): "unfused",
         (512, 8192, 8192, 8): "triton",
@@ -300,11 +316,16 @@ def test_odd_sizes_and_float32_take_cublas_whatever_is_kept_or_dropped(gpu: torc
 def test_one_launch_leaves_large_panels_of_more_than_few_rows_to_cublas(gpu: torch.device) -> None:
     for ranks, rows, inputs, path in (
         (128, 128, 14336, "decode"),
-        (128, 129, 14336, "unfused"),
-        (256, 64, 14336, "decode"),
-        (256, 65, 14336, "unfused"),
+        # Tiles of which two run on a multiprocessor, and panels in two parts.
+        (128, 256, 14336, "decode"),
+        (128, 512, 14336, "decode"),
+        (128, 513, 14336, "unfused"),
+        (256, 64, 8192, "decode"),
+        (256, 64, 8208, "unfused"),
+        (256, 65, 4096, "unfused"),
+        (257, 1, 4096, "unfused"),
         (64, 256, 14336, "decode"),
-        (65, 256, 4096, "unfused"),
+        (129, 256, 4096, "unfused"),
     ):
         for trains in (False, True):
             kind = {"ranks": ranks, "drops": False, "trains": trains}
@@ -350,6 +371,12 @@ def test_a_backward_of_more_rows_takes_one_launch_for_dx_where_that_takes_less_t
         (128, 4096, 4112, 64): "unfused",
         (128, 4112, 4096, 64): "unfused",
         (129, 1024, 1024, 64): "unfused",
+        (128, 4096, 4096, 128): "decode",
+        (128, 4096, 4096, 129): "unfused",
+        (64, 4096, 14336, 128): "decode",
+        (17, 4096, 4096, 129): "unfused",
+        (16, 4096, 14336, 256): "decode",
+        (1, 4096, 4096, 257): "unfused",
     }.items():
         for plain in (True, False):
             kind = {"plain": plain, "ranks": ranks}

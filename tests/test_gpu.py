@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_as_accurate_as, make_problem, unfused
+from numerics import assert_as_accurate_as, assert_step_is_as_accurate, make_problem, unfused
 
 import fused_lora
 from fused_lora.functional import effective_weight, lora_embedding, lora_linear
-from fused_lora.reference import Dropout, dropout_threshold
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,22 +31,7 @@ def kernels_only():
 @pytest.mark.parametrize("shape", [(8192, 4096, 4096), (2048, 4096, 14336), (1000, 5000, 1024 + 16)], ids=str)
 def test_real_sizes(shape: tuple[int, int, int], r: int, p: float) -> None:
     problem = make_problem(*shape, r, dtype=torch.bfloat16, adapter_dtype=torch.float32, bias=False, device="cuda")
-    wide = problem.to(torch.float64)
-    seed = torch.tensor([3], device="cuda")
-    dropout = Dropout(seed, dropout_threshold(p)) if p > 0 else None
-    keep, q = (None, 1.0) if dropout is None else (dropout.mask(*problem.x.shape), dropout.keep_probability)
-    results = []
-    for inputs, kind in ((problem, "ours"), (problem, "autocast"), (wide, "exact")):
-        inputs.x.grad = inputs.weight.grad = inputs.lora_A.grad = inputs.lora_B.grad = None
-        if kind == "ours":
-            y = lora_linear(*inputs.arguments()[:4], scaling=0.75, dropout_p=p, training=True, seed=seed)
-        else:
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=kind == "autocast"):
-                y = unfused(*inputs.arguments(), 0.75, keep, q)
-        y.backward(inputs.dy)
-        results.append({"y": y.detach()} | {n: g for n, g in inputs.gradients().items() if g is not None})
-    for name, value in results[0].items():
-        assert_as_accurate_as(value, results[1][name], results[2][name], name)
+    assert_step_is_as_accurate(problem, p)
 
 
 def test_more_than_2_to_the_31_elements_of_x_and_dy() -> None:
