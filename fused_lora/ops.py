@@ -63,7 +63,8 @@ def _module(path: str) -> ModuleType:
 def direct(*tensors: Tensor | None) -> bool:
     """Whether an op would do nothing but call its implementation: nobody traces, and the tensors are plain ones.
 
-    Those are what their memory says; torch hands ops what a view with its negative bit set stands for.
+    Those are what their memory says; torch hands ops what a view with its negative bit set, or a tensor of zeros that
+    has no memory, stands for.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -72,8 +73,8 @@ def direct(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     # A generator's frames would take as long as all of the above.
-    for tensor in tensors:  # noqa: SIM110
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
             return False
     return True
 

@@ -58,6 +58,9 @@ def key_of(
         return None
     if type(row_offset) is not int or type(column_offset) is not int:
         return None
+    for flag in flags:
+        if type(flag) is not bool:
+            return None
     if trains and (x.dtype.itemsize != 2 or watched() or tiles_in_force()):
         return None
     if trains and not (x.dim() == 2 or (x.dim() > 2 and x.is_contiguous())):
@@ -128,7 +131,7 @@ def remember(
     if key is None or key in _calls:
         return
     call: Call | None = None
-    path = _path(x, weight, lora_A, enable_lora, backend)
+    path = _path(x, weight, lora_A, backend)
     if path == "decode":
         from . import decoding
 
@@ -160,12 +163,10 @@ def _keep(key: Hashable, call: Call | None) -> None:
         _calls.popitem(last=False)
 
 
-def _path(x: Tensor, weight: Tensor, lora_A: Tensor, enable_lora: Sequence[bool], backend: str) -> str | None:
+def _path(x: Tensor, weight: Tensor, lora_A: Tensor, backend: str) -> str | None:
     """Which path computed them; None where that alone does not tell how."""
     # A float32 product also depends on a global flag, and rows that are no matrix would be copied first.
     if x.dtype.itemsize != 2 or x.dim() < 2 or x.numel() == 0 or not (x.dim() == 2 or x.is_contiguous()):
-        return None
-    if not all(type(enabled) is bool for enabled in enable_lora):
         return None
     (N, K), what = weight.shape, (backend, x.device, x.dtype, lora_A.dtype)
     return choose_forward(*what, x.numel() // K, K, N, ranks=len(lora_A), drops=False, trains=False).path

@@ -106,6 +106,7 @@ WORDS = ("tests/test_flags.py",)
 DIRECT = ("tests/test_direct.py",)
 FILES = ("tests/test_adapter_file.py",)
 REPEATED = ("tests/test_replay.py", "-k", "kind")
+CALLS_REPEATED = ("tests/test_replay.py", "-k", "when_calls or another_gpu")
 ROUNDED = ("tests/test_narrow.py",)
 FIRST_OF_WAVES = ("tests/test_first_wave.py",)
 WITH_PANEL = ("tests/test_own_panel.py",)
@@ -1034,6 +1035,16 @@ MUTANTS = (
         "direct(dy, *saved) or not",
         BATCHES,
     ),
+    Mutant("a step known with any flags", REPEAT, "if type(flag) is not bool:", "if False:", KNOWN),
+    Mutant(
+        "a gradient known with other tiles", OPS, "program is not None and repeats(dy)", "program is not None", KNOWN
+    ),
+    Mutant("a gradient known elsewhere", OPS, "counted() or not here(dy)", "counted()", KNOWN),
+    Mutant("zeros that have no memory", SHARED, " or tensor._is_zerotensor()", "", DIRECT),
+    Mutant("repeated while hooks watch", REPLAY, "and not watched()", "", CALLS_REPEATED),
+    Mutant("repeated with other tiles", REPLAY, " and not tiles_in_force()", "", CALLS_REPEATED),
+    Mutant("repeated in float32", REPLAY, "and like.dtype.itemsize == 2 and", "and", CALLS_REPEATED),
+    Mutant("repeated on another GPU", REPLAY, "t.get_device(), t.data_ptr()", "t.data_ptr()", CALLS_REPEATED),
     Mutant("a step known while hooks watch", REPEAT, " or watched()", "", KNOWN),
     Mutant("a step known with other tiles", REPEAT, "watched() or tiles_in_force()", "watched()", KNOWN),
     Mutant("a step known in float32", REPEAT, "x.dtype.itemsize != 2 or watched", "watched", KNOWN),

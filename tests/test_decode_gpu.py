@@ -22,8 +22,8 @@ SHAPES = pytest.mark.parametrize(
 
 def problem(rows: int, in_features: int, out_features: int, r: int, adapter_dtype=torch.bfloat16) -> list[Tensor]:
     """x, weight, lora_A, lora_B; the term weighs as much as the base."""
-    sizes = {(rows, in_features): 1.0, (out_features, in_features): in_features**-0.5}
-    x, weight = (torch.randn(*size, device="cuda").mul(scale).bfloat16() for size, scale in sizes.items())
+    x = torch.randn(rows, in_features, device="cuda").bfloat16()
+    weight = torch.randn(out_features, in_features, device="cuda").mul(in_features**-0.5).bfloat16()
     lora_A = torch.randn(r, in_features, device="cuda").mul(in_features**-0.5).to(adapter_dtype)
     return [x, weight, lora_A, torch.randn(out_features, r, device="cuda").mul(r**-0.5).to(adapter_dtype)]
 

@@ -31,6 +31,7 @@ def test_plain_tensors_are_direct_and_watched_ones_are_not() -> None:
     assert direct(x, None, torch.nn.Parameter(x))
     assert not direct(x.as_subclass(Subclass))
     assert not direct(None, negative(x))
+    assert not direct(x, torch._efficientzerotensor(2, 2))
     with FakeTensorMode() as mode:
         assert not direct(x) and not direct(mode.from_tensor(x))
     seen = []
@@ -255,3 +256,12 @@ def test_a_tensor_with_its_negative_bit_set_is_what_it_stands_for(backend: str, 
         results.append([y, *gradients, *again])
     for once, again in zip(*results, strict=True):
         assert torch.equal(once, again)
+
+
+def test_a_tensor_of_zeros_without_memory_is_read_as_zeros(backend: str, device: str) -> None:
+    x, weight, bias, lora_A, lora_B = (t.detach().bfloat16().to(device) for t in tensors())
+    zeros = torch._efficientzerotensor(*x.shape, dtype=x.dtype, device=device)
+    assert torch.equal(lora_linear(zeros, weight, lora_A, lora_B, bias=bias), bias.expand(6, 4))
+    y = lora_linear(x.requires_grad_(), weight, lora_A, lora_B, bias=bias)
+    (dx,) = torch.autograd.grad(y, x, torch._efficientzerotensor(*y.shape, dtype=y.dtype, device=device))
+    assert torch.equal(dx, torch.zeros_like(x))

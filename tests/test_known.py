@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -274,6 +275,14 @@ def test_a_tensor_among_the_numbers_takes_the_long_way(recordings: Recordings, n
     assert repeat.key_of(*tensors, "triton", True, (0.5, *numbers.values()), (True, False, True)) is None
 
 
+@pytest.mark.parametrize("flags", [(True, False, torch.tensor(True)), (1, False, True)])
+def test_what_is_no_bool_among_the_flags_takes_the_long_way(recordings: Recordings, flags: tuple[Any, ...]) -> None:
+    t = problem()
+    tensors = t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"]
+    assert repeat.key_of(*tensors, "triton", True, (0.5, 0.0, 0, 0), (True, False, True)) is not None
+    assert repeat.key_of(*tensors, "triton", True, (0.5, 0.0, 0, 0), flags) is None
+
+
 def test_the_backend_is_asked_for_once(recordings: Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may enter or leave a block meanwhile, and what is kept is kept for good."""
     asked: list[str] = []
@@ -292,6 +301,22 @@ def test_a_backward_within_a_count_is_counted(recordings: Recordings) -> None:
     with fused_lora.count_paths() as paths:
         y.backward(torch.ones_like(y))
     assert paths == {"backward/triton": 1}
+
+
+@pytest.mark.parametrize("what", ["other tiles", "another GPU"])
+def test_a_backward_takes_the_long_way_where_that_began_after_its_forward(
+    recordings: Recordings, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    t = problem()
+    before = known(recordings, t)
+    y = lora_linear(**t)
+    if what == "other tiles":
+        monkeypatch.setattr(replay, "repeats", lambda like: not lookup.tiles_in_force())
+    else:
+        monkeypatch.setattr(linear_op, "here", lambda x: False)
+    with lookup.use_tiles(SAFE) if what == "other tiles" else nullcontext():
+        y.backward(torch.ones_like(y))
+    assert recordings.counts() == (before[0], before[1] + 1, before[2] + 1, before[3])
 
 
 class Subclass(torch.Tensor):

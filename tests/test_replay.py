@@ -21,7 +21,7 @@ from triton import knobs
 
 import fused_lora
 from fused_lora import Choice, embedding_op, fused, linear_op, ops, repeat
-from fused_lora.kernels import launch, replay
+from fused_lora.kernels import config, launch, lookup, replay
 from fused_lora.kernels.launch import Described
 from fused_lora.kernels.replay import Program, replayed
 
@@ -336,6 +336,28 @@ def test_no_recorder_stays_behind(kernel: Compiled) -> None:
         with pytest.raises(ZeroDivisionError):
             failing(some(4, 8), some(4, 8), 5.0)
     assert launch.thread.recorder is None
+
+
+def on_gpu(number: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """What the machinery asks a tensor on a GPU."""
+    facts = {"is_cuda": True, "dtype": dtype, "shape": torch.Size([2, 3])}
+    calls = {"stride": (3, 1), "get_device": number, "data_ptr": 256}
+    return SimpleNamespace(**facts, **{name: lambda value=value: value for name, value in calls.items()})
+
+
+def test_when_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replay.repeats(on_gpu()) and replay.repeats(on_gpu(dtype=torch.float16))
+    # A product of float32 depends on a global precision.
+    assert not any(map(replay.repeats, (None, torch.zeros(2).half(), on_gpu(dtype=torch.float32))))
+    with lookup.use_tiles(config.SAFE):
+        assert not replay.repeats(on_gpu())
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    assert not replay.repeats(on_gpu())
+
+
+def test_another_gpu_is_another_kind() -> None:
+    one, same, other = (replay.kinds_of([on_gpu(number)]) for number in (0, 0, 1))
+    assert one == same != other
 
 
 def test_there_is_a_bound(kernel: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
