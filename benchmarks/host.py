@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -20,27 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import fused_lora
-from benchmarks.layers import check
+from benchmarks.layer_cases import DTYPE, Case, check, prepared
 from benchmarks.peers import path_of
 from benchmarks.report import Progress, Results, header_of, parser, selected
 from benchmarks.timing import synchronize
 
-DTYPE = torch.bfloat16
-DROPOUTS = (0.0, 0.1)
 # One round's calls of one candidate: a few to get back into its code, then the timed ones.
 WARM_CALLS = 5
 CALLS = 40
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer of either package, torch's frozen layer of the same shape, and an input."""
-
-    name: str
-    build: Callable[[Any, float], nn.Module]
-    plain: Callable[[], nn.Module]
-    x: Callable[[str], Tensor]
-    dropouts: tuple[float, ...] = DROPOUTS
 
 
 @dataclass
@@ -108,36 +95,22 @@ def cases(tokens: int, r: int, shrink: int) -> Iterator[Case]:
     )
 
 
-def prepared(layer: nn.Module, x: Tensor, dy: Tensor | None) -> Candidate:
-    """In bfloat16 on x's device, its base frozen and its adapter at random."""
-    layer = layer.to(x.device, DTYPE)
-    indices = getattr(layer, "lora_ind", None)
-    if indices is not None and not isinstance(layer, fused_lora.LoRALayer):
-        # loralib's is no buffer, so that the layer's move left it behind.
-        layer.lora_ind = indices.to(x.device)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad = "lora_" in name
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.02)
-    if dy is None:
-        dy = torch.randn_like(layer(x))
-    inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
-    return Candidate(layer, x, dy.detach(), inputs)
+def candidate(layer: nn.Module, x: Tensor, dy: Tensor) -> Candidate:
+    return Candidate(layer, x, dy, [t for t in (x, *layer.parameters()) if t.requires_grad])
 
 
 def candidates_of(case: Case, device: str) -> dict[tuple[str, float], Candidate]:
     """The frozen layer, and of each dropout both packages' with the same parameters; ours is right if it is there."""
     torch.manual_seed(0)
-    x = case.x(device)
-    frozen = prepared(case.plain(), x, None)
-    made = {("frozen", 0.0): frozen}
+    x, frozen = case.x(device), prepared(case.plain(), device)
+    dy = torch.randn_like(frozen(x))
+    made = {("frozen", 0.0): candidate(frozen, x, dy)}
     for p in case.dropouts:
-        theirs = prepared(case.build(loralib, p), x, frozen.dy)
-        ours = prepared(case.build(fused_lora, p), x, frozen.dy)
-        ours.layer.load_state_dict(theirs.layer.state_dict())
+        theirs, ours = (prepared(case.build(package, p), device) for package in (loralib, fused_lora))
+        ours.load_state_dict(theirs.state_dict())
         if p == 0:
-            check(ours.layer, theirs.layer, x, frozen.dy, case.name)
-        made |= {("loralib", p): theirs, ("fused_lora", p): ours}
+            check(ours, theirs, x, dy, case.name)
+        made |= {("loralib", p): candidate(theirs, x, dy), ("fused_lora", p): candidate(ours, x, dy)}
     return made
 
 

@@ -2,17 +2,12 @@
 
 Both packages' layers are called as a user calls them, without CUDA graphs, since loralib's MergedLinear cannot be
 captured (it indexes with a mask, which waits for the GPU). "frozen" is torch's own layer with a frozen weight. Checks
-the outputs first; a wrong result prints no time. Writes layers.json and layers.md.
+the outputs first; a wrong result prints no time. Writes layers.md, layers.json and layers.csv.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import loralib
@@ -20,26 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import fused_lora
-from benchmarks.accuracy import CALLS
-from benchmarks.timing import machine_header, markdown_table, measure
+from benchmarks.layer_cases import DTYPE, Case, check, prepared, step
+from benchmarks.report import Progress, Results, header_of, parser, selected
+from benchmarks.timing import measure
 
-DTYPE = torch.bfloat16
-
-
-@dataclass
-class Case:
-    """A layer to build from either package, its input, and torch's frozen layer of the same shape."""
-
-    name: str
-    build: Callable[[Any, float], nn.Module]
-    plain: Callable[[], nn.Module]
-    x: Callable[[], Tensor]
-    dropouts: tuple[float, ...] = (0.0,)
+R, ALPHA = 16, 32
 
 
-def merged_linear(name: str, in_features: int, out_features: int, fan_in_fan_out: bool) -> Case:
+def merged_linear(name: str, in_features: int, out_features: int, tokens: int, fan_in_fan_out: bool) -> Case:
     def build(package: Any, p: float) -> nn.Module:
-        options = {"r": 16, "lora_alpha": 32, "enable_lora": [True, False, True], "fan_in_fan_out": fan_in_fan_out}
+        options = {"r": R, "lora_alpha": ALPHA, "enable_lora": [True, False, True], "fan_in_fan_out": fan_in_fan_out}
         layer: nn.Module = package.MergedLinear(in_features, out_features, lora_dropout=p, **options)
         return layer
 
@@ -47,117 +32,86 @@ def merged_linear(name: str, in_features: int, out_features: int, fan_in_fan_out
         f"MergedLinear {name} {in_features}→{out_features}",
         build,
         lambda: nn.Linear(in_features, out_features),
-        lambda: torch.randn(8192, in_features, device="cuda", dtype=DTYPE, requires_grad=True),
-        (0.0, 0.1),
+        lambda device: torch.randn(tokens, in_features, device=device, dtype=DTYPE, requires_grad=True),
     )
 
 
-def embedding(name: str, num_embeddings: int, embedding_dim: int) -> Case:
+def embedding(name: str, num_embeddings: int, embedding_dim: int, tokens: int) -> Case:
     return Case(
         f"Embedding {name} {num_embeddings}x{embedding_dim}",
-        lambda package, p: package.Embedding(num_embeddings, embedding_dim, r=16, lora_alpha=32),
+        lambda package, p: package.Embedding(num_embeddings, embedding_dim, r=R, lora_alpha=ALPHA),
         lambda: nn.Embedding(num_embeddings, embedding_dim),
-        lambda: torch.randint(num_embeddings, (8, 1024), device="cuda"),
+        lambda device: torch.randint(num_embeddings, (8, tokens // 8), device=device),
+        (0.0,),
     )
 
 
 def conv(channels: int, kernel_size: int, size: int, batch: int) -> Case:
+    def x(device: str) -> Tensor:
+        return torch.randn(batch, channels, size, size, device=device, dtype=DTYPE, requires_grad=True)
+
     return Case(
         f"Conv2d {channels}→{channels} {kernel_size}x{kernel_size}, {batch}x{size}x{size}",
-        lambda package, p: package.Conv2d(channels, channels, kernel_size, r=16, lora_alpha=32, padding="same"),
+        lambda package, p: package.Conv2d(channels, channels, kernel_size, r=R, lora_alpha=ALPHA, padding="same"),
         lambda: nn.Conv2d(channels, channels, kernel_size, padding="same"),
-        lambda: torch.randn(batch, channels, size, size, device="cuda", dtype=DTYPE, requires_grad=True),
+        x,
+        (0.0,),
     )
 
 
-CASES = [
-    merged_linear("GPT-2-medium QKV", 1024, 3072, fan_in_fan_out=True),
-    merged_linear("Llama-8B QKV", 4096, 12288, fan_in_fan_out=False),
-    embedding("GPT-2-medium", 50257, 1024),
-    embedding("Llama-8B", 128256, 4096),
-    conv(64, 3, 56, 64),
-    conv(256, 3, 28, 64),
-    conv(512, 3, 14, 64),
-    conv(512, 1, 14, 16),
-]
+def cases(shrink: int) -> Iterator[Case]:
+    """shrink divides every size."""
+    tokens = 8192 // shrink
+    yield merged_linear("GPT-2-medium QKV", 1024 // shrink, 3072 // shrink, tokens, fan_in_fan_out=True)
+    yield merged_linear("Llama-8B QKV", 4096 // shrink, 12288 // shrink, tokens, fan_in_fan_out=False)
+    yield embedding("GPT-2-medium", 50257 // shrink, 1024 // shrink, tokens)
+    yield embedding("Llama-8B", 128256 // shrink, 4096 // shrink, tokens)
+    for channels, kernel_size, size, batch in ((64, 3, 56, 64), (256, 3, 28, 64), (512, 3, 14, 64), (512, 1, 14, 16)):
+        yield conv(max(16, channels // shrink), kernel_size, max(4, size // shrink), max(1, batch // shrink))
 
 
-def on_gpu(layer: nn.Module) -> nn.Module:
-    """In bfloat16 on the GPU with a frozen base; loralib leaves what is no parameter where it was."""
-    layer = layer.to("cuda", DTYPE)
-    if hasattr(layer, "lora_ind") and not isinstance(layer, fused_lora.LoRALayer):
-        layer.lora_ind = layer.lora_ind.cuda()
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad = "lora_" in name
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.02)
-    return layer
-
-
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], list[Tensor]]:
-    inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
-    if not inputs:
-        return lambda: [layer(x)]
-
-    def forward_backward() -> list[Tensor]:
-        y = layer(x)
-        return [y, *torch.autograd.grad(y, inputs, dy)]
-
-    return forward_backward
-
-
-def check(ours: nn.Module, theirs: nn.Module, x: Tensor, dy: Tensor, what: str) -> None:
-    """A call after several against loralib's layer in float64, by twice loralib's error in this dtype; at p = 0."""
-    exact = copy.deepcopy(theirs).double()
-    wide = x.detach().double().requires_grad_() if x.is_floating_point() else x
-    for _ in range(CALLS - 1):
-        step(ours, x, dy)()
-    results = [step(layer, t, g)() for layer, t, g in ((ours, x, dy), (theirs, x, dy), (exact, wide, dy.double()))]
-    for i, (actual, same_dtype, truth) in enumerate(zip(*results, strict=True)):
-        error, bound = (actual - truth).abs().max(), 2 * (same_dtype - truth).abs().max()
-        assert error <= bound, f"result {i} of {what} is off by {error:.3e}, more than {bound:.3e}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--only", default="", help="run the cases whose name holds this text")
-    parser.add_argument("--commit", help="what to write in the header; default: git describe")
-    options = parser.parse_args()
-    header = machine_header(options.commit)
-    records, rows = [], []
-    for case in CASES:
-        if options.only not in case.name:
-            continue
-        torch.manual_seed(0)
-        x = case.x()
-        plain = on_gpu(case.plain())
-        dy = torch.randn_like(plain(x))
-        steps: dict[str, Callable[[], object]] = {"frozen": step(plain, x, dy)}
-        for p in case.dropouts:
-            theirs = on_gpu(case.build(loralib, p))
-            ours = on_gpu(case.build(fused_lora, p))
-            ours.load_state_dict(theirs.state_dict())
-            if p == 0:
-                check(ours, theirs, x, dy, case.name)
+def steps_of(case: Case, device: str) -> dict[str, Callable[[], object]]:
+    """The frozen layer's, and of each dropout both packages' with the same parameters; ours is right if it is there."""
+    torch.manual_seed(0)
+    x = case.x(device)
+    frozen = prepared(case.plain(), device)
+    dy = torch.randn_like(frozen(x))
+    steps: dict[str, Callable[[], object]] = {"frozen": step(frozen, x, dy)}
+    for p in case.dropouts:
+        theirs, ours = (prepared(case.build(package, p), device) for package in (loralib, fused_lora))
+        ours.load_state_dict(theirs.state_dict())
+        if p == 0:
+            check(ours, theirs, x, dy, case.name)
+            if device != "cpu":
                 with fused_lora.use_backend("triton"):
                     check(ours, theirs, x, dy, f"{case.name}, by the kernels")
-            steps |= {f"fused_lora, p={p}": step(ours, x, dy), f"loralib, p={p}": step(theirs, x, dy)}
-        timings = measure(steps, graphs=False)
-        floor = timings["frozen"].sustained_ms
-        for name, timing in timings.items():
-            ms = timing.sustained_ms
-            record = {"layer": case.name, "candidate": name, "sustained_ms": ms, "ratio": ms / floor, **vars(timing)}
-            records.append(record)
-            rows.append([case.name, name, f"{ms:.3f}", f"{ms / floor:.2f}"])
+        steps |= {f"fused_lora, p={p}": step(ours, x, dy), f"loralib, p={p}": step(theirs, x, dy)}
+    return steps
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options_of = parser(__doc__, "layers")
+    options_of.add_argument("--only", nargs="+", default=[""], help="layers whose name holds such a text")
+    options_of.add_argument("--rounds", type=int, default=7)
+    options_of.add_argument("--window", type=float, default=100.0, help="milliseconds")
+    options_of.add_argument("--shrink", type=int, default=1, help="divide every size by this, to try the code")
+    options = options_of.parse_args(arguments)
+    chosen = selected(options_of, options.only, {case.name: case for case in cases(options.shrink)})
+    say = Progress()
     title = "Forward + backward in sustained state, bfloat16, r=16, 8192 tokens, no CUDA graphs"
-    table = markdown_table(["layer", "candidate", "ms", "ratio to frozen"], rows)
-    facts = ", ".join(f"{name} {value}" for name, value in header.items())
-    text = f"{title}\n\n{facts}\n\n{table}\n"
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "layers.md").write_text(text)
-    (options.output / "layers.json").write_text(json.dumps({"header": header, "records": records}, indent=1) + "\n")
-    print(text)
+    results, rows = Results(title, header_of(options)), []
+    for case in chosen:
+        steps = steps_of(case, options.device)
+        clock = {"graphs": False, "window_ms": options.window, "burst_rounds": 0, "device": options.device}
+        timings = measure(steps, options.rounds, **clock)
+        for name, timing in timings.items():
+            ms, ratio = timing.sustained_ms, timing.sustained_ms / timings["frozen"].sustained_ms
+            record = {"layer": case.name, "candidate": name, "sustained_ms": ms, "ratio": ratio}
+            results.records.append(record | {"rounds_ms": timing.sustained})
+            rows.append([case.name, name, f"{ms:.3f}", f"{ratio:.2f}"])
+            say(" ".join(rows[-1]))
+    results.table(["layer", "candidate", "ms", "ratio to frozen"], rows)
+    results.write(options.output, options.name)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def forward_calls(layer: Layer) -> dict[str, Call]:
 def backward_calls(layer: Layer) -> dict[str, Call]:
     """The same of its backward; the last two are all of it."""
     from fused_lora import fused
+    from fused_lora.kernels import adapter_grad, fused_linear
 
     x, weight, lora_A, lora_B, dy = (t.detach() for t in (layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.dy))
     bits = mask(x)[1]
@@ -91,10 +92,10 @@ def backward_calls(layer: Layer) -> dict[str, Call]:
 
     return {
         "grad_panels": lambda: fused.grad_panels(dy, lora_B, xa, scaling=scaling, dtype=dtype),
-        "grad_input": lambda: fused.grad_input(dy, weight, dyb, lora_A, bits=None),
-        "grad_input, dropout": lambda: fused.grad_input(dy, weight, dyb, lora_A, bits=bits),
-        "grad_lora_A": lambda: fused.grad_lora_A(dyb, x, bits=None, dtype=dtype),
-        "grad_lora_A, dropout": lambda: fused.grad_lora_A(dyb, x, bits=bits, dtype=dtype),
+        "grad_input": lambda: fused_linear.grad_input(dy, weight, dyb, lora_A, None),
+        "grad_input, dropout": lambda: fused_linear.grad_input(dy, weight, dyb, lora_A, bits),
+        "grad_lora_A": lambda: adapter_grad.grad_lora_A(dyb, x, None, dtype),
+        "grad_lora_A, dropout": lambda: adapter_grad.grad_lora_A(dyb, x, bits, dtype),
         "backward": whole(None),
         "backward, dropout": whole(bits),
     }

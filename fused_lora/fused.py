@@ -142,18 +142,6 @@ def grad_panels(
         return adapter_grad.grad_panels(dy, lora_B, xa, scaling, dtype, enable_lora)
 
 
-def grad_input(dy: Tensor, weight: Tensor, dyb: Tensor, lora_A: Tensor, *, bits: Tensor | None) -> Tensor:
-    """dx [M, K] in dy.dtype."""
-    with on(dy):
-        return fused_linear.grad_input(dy, weight, dyb, lora_A, bits)
-
-
-def grad_lora_A(dyb: Tensor, x: Tensor, *, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """da [R, K] in `dtype`."""
-    with on(x):
-        return adapter_grad.grad_lora_A(dyb, x, bits, dtype)
-
-
 def backward(
     dy: Tensor,
     x: Tensor | None,

@@ -18,7 +18,7 @@ pytest.importorskip("loralib", reason="loralib is not installed, and every bench
 from conftest import HAS_TRITON
 
 import fused_lora
-from benchmarks import accuracy, host, linear, memory, peers, sweep, test_kernels_speed, timing
+from benchmarks import accuracy, host, layers, linear, memory, peers, sweep, test_kernels_speed, timing
 from benchmarks.peers import Layer
 from benchmarks.report import Results
 from benchmarks.timing import Timing
@@ -245,13 +245,13 @@ def test_an_adapter_that_is_dropped_with_dropout_is_seen(
 
 
 def test_a_trial_on_a_cpu_does_not_replace_results(capsys: pytest.CaptureFixture[str]) -> None:
-    for measured in (linear, sweep, host, memory):
+    for measured in (linear, sweep, host, memory, layers):
         with pytest.raises(SystemExit):
             measured.main(["--device", "cpu"])
         assert "--output is benchmarks/results; expected another folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("measured", [linear, sweep, host, memory], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("measured", [linear, sweep, host, memory, layers], ids=lambda module: module.__name__)
 def test_what_nobody_has_is_not_measured(measured: Any, common: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         measured.main([*common, "--only", "17x17"])
@@ -342,6 +342,19 @@ def test_host_times_both_packages_layers(common: list[str], tmp_path: Path) -> N
     assert {layer for layer, _ in ours} == {r["layer"] for r in records if r["candidate"] == "frozen"}
     assert all(0 < r["forward_us"] < r["total_us"] for r in records if r["candidate"] != "frozen")
     assert text.count("| less |") + text.count("| MORE |") == 6
+
+
+def test_layers_times_every_layer_of_both_packages(common: list[str], tmp_path: Path) -> None:
+    layers.main([*common, "--shrink", "64", "--rounds", "1", "--window", "0.01"])
+    records, text = written(tmp_path, "layers")
+    candidates: dict[str, set[str]] = {}
+    for record in records:
+        candidates.setdefault(record["layer"], set()).add(record["candidate"])
+    without = {"frozen", "fused_lora, p=0.0", "loralib, p=0.0"}
+    for layer, found in candidates.items():
+        masked = {"fused_lora, p=0.1", "loralib, p=0.1"} if layer.startswith("MergedLinear") else set()
+        assert found == without | masked and f"| {layer} | frozen |" in text, layer
+    assert {name.split()[0] for name in candidates} == {"MergedLinear", "Embedding", "Conv2d"}
 
 
 class KnownSavings(nn.Module):
