@@ -76,9 +76,9 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Within the block, and in the backward of what it computes, every layer of the process takes the given path.
 
     backend: "reference" (plain PyTorch), "triton" (the fused kernels), "unfused" (torch's GEMMs, kernels for panels and
-        masks),
-        "decode" (one kernel for a linear layer's forward, and for its backward to x), or "auto". All but linear layers
-        take "unfused" as "triton"; "decode" is that wherever else. Raises where the kernels cannot run but must.
+        masks), "decode" (one kernel for a linear layer's forward, and for its backward to x), or "auto". A lookup and
+        an effective weight take "unfused" as "triton", and all but linear layers "decode". Raises where the kernels
+        cannot run but must.
     Raises ValueError for any other name.
     """
     global _forced
