@@ -24,8 +24,10 @@ class AdapterLayer:
         "conv": (r, in, k0, k1, ...) and (out, r, 1, 1, ...), as PEFT and kohya have them, or loralib's matrices.
         "merged": loralib's MergedLinear with n enabled slices, (r * n, in) and (out / slices * n, r).
     r: rank. lora_alpha: None if the format stores none. use_rslora: scaling is lora_alpha / sqrt(r) instead of / r.
-    enable_lora: for "merged", which slices have an adapter; None if the format stores none.
+    enable_lora: for "merged", which slices have an adapter; None if the format stores none. With a single one, "linear"
+        stands for a layer that is "merged" if the base's shape says so.
     lora_dropout: as stored; 0 if the format stores none.
+    fan_in_fan_out: whether a "linear" or "merged" layer's weight is stored (in, out); None if the format does not say.
 
     Raises ValueError if the tensors are not of these shapes, not floating-point, or a number is out of its range.
     """
@@ -38,6 +40,7 @@ class AdapterLayer:
     kind: Kind = "linear"
     enable_lora: tuple[bool, ...] | None = None
     lora_dropout: float = 0.0
+    fan_in_fan_out: bool | None = None
 
     def __post_init__(self) -> None:
         A, B = self.lora_A, self.lora_B
@@ -65,8 +68,8 @@ class AdapterLayer:
         rank_fits = inner % self.r == 0 if self.loralib_conv and self.r > 0 else self.r == inner
         if type(self.r) is not int or not rank_fits:
             raise ValueError(f"r is {self.r}; expected {inner}, as lora_B {tuple(B.shape)} has.")
-        if self.lora_alpha is not None and not math.isfinite(self.lora_alpha):
-            raise ValueError(f"lora_alpha is {self.lora_alpha}; expected a finite number.")
+        if self.lora_alpha is not None and not abs(self.lora_alpha) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; expected a finite number of float32.")
 
     @property
     def scaling(self) -> float | None:
@@ -123,8 +126,8 @@ class Adapter:
 
     layers: by the adapted layer's path in its model; "" is the model itself. kohya's files have their own flat names.
     others: what is stored beside the layers: trained biases and whole modules, and entries that nothing here knows.
-    format: which of `formats.FORMATS` it was read from. fan_in_fan_out: whether weights are stored (in, out); None if
-    the format does not say. config: what PEFT stores beside the tensors.
+    format: which of `formats.FORMATS` it was read from. fan_in_fan_out: PEFT's one word for the layers that have none
+    of their own, or None. config: what PEFT stores beside the tensors.
     """
 
     layers: Mapping[str, AdapterLayer]
@@ -132,6 +135,13 @@ class Adapter:
     format: str = ""
     fan_in_fan_out: bool | None = None
     config: Mapping[str, Any] | None = None
+
+    def stored_transposed(self, path: str) -> bool | None:
+        """fan_in_fan_out of a "linear" or "merged" layer, its own or else the adapter's; None of others."""
+        layer = self.layers[path]
+        if layer.kind not in ("linear", "merged"):
+            return None
+        return self.fan_in_fan_out if layer.fan_in_fan_out is None else layer.fan_in_fan_out
 
     def with_alpha(self, lora_alpha: float) -> Adapter:
         """The same with lora_alpha for every layer that has none."""
@@ -142,12 +152,19 @@ class Adapter:
         return replace(self, layers=layers)
 
     def with_enable_lora(self, enable_lora: Sequence[bool]) -> Adapter:
-        """The same with enable_lora for every MergedLinear that has none. Raises ValueError if it does not fit."""
+        """The same with enable_lora for every MergedLinear that has none.
+
+        Files with a single enabled slice do not tell a MergedLinear from a linear layer: the base's shapes do, and
+        until they are known the adapter cannot be written. Raises ValueError if enable_lora fits no layer.
+        """
         enabled = tuple(bool(on) for on in enable_lora)
+        kinds = ("merged", "linear") if sum(enabled) == 1 else ("merged",)
         layers = {
-            path: replace(layer, enable_lora=enabled) if layer.kind == "merged" and not layer.enable_lora else layer
+            path: replace(layer, enable_lora=enabled) if layer.kind in kinds and layer.enable_lora is None else layer
             for path, layer in self.layers.items()
         }
+        if not any(layer is not self.layers[path] for path, layer in layers.items()):
+            raise ValueError(f"enable_lora is {list(enabled)}; expected it where a MergedLinear has none stored.")
         return replace(self, layers=layers)
 
     def with_embeddings(self, names: Iterable[str]) -> Adapter:
@@ -161,13 +178,13 @@ class Adapter:
             if not any(layers[path].kind == "linear" for path in found):
                 raise ValueError(f"{name!r} is none of the adapter's linear layers; expected the name of one.")
             for path in found:
-                layers[path] = replace(layers[path], kind="embedding")
+                layers[path] = replace(layers[path], kind="embedding", enable_lora=None)
         return replace(self, layers=layers)
 
     def with_names(self, names: Mapping[str, str]) -> Adapter:
-        """The same with layers renamed; names: old path to new path, for all or some layers.
+        """The same with modules renamed; names: old path to new path, for all or some layers and owners of others.
 
-        Raises ValueError if two layers would have one path.
+        Raises ValueError if two layers or two others would have one name.
         """
         layers: dict[str, AdapterLayer] = {}
         for path, layer in self.layers.items():
@@ -175,7 +192,17 @@ class Adapter:
             if new in layers:
                 raise ValueError(f"Two layers would be called {new!r}; expected a path for each.")
             layers[new] = layer
-        return replace(self, layers=layers)
+        others: dict[str, Tensor] = {}
+        for key, tensor in self.others.items():
+            owner = key.rpartition(".")[0]
+            # loralib's convolutions have their bias one level deeper.
+            owner = owner if owner in names else owner.removesuffix(".conv")
+            leaf = key.removeprefix(owner).removeprefix(".")
+            new = f"{names[owner]}.{leaf}".removeprefix(".") if owner in names else key
+            if new in others:
+                raise ValueError(f"Two other entries would be called {new!r}; expected a name for each.")
+            others[new] = tensor
+        return replace(self, layers=layers, others=others)
 
     @property
     def dtypes(self) -> set[torch.dtype]:

@@ -1,28 +1,32 @@
-"""Adapters in files that carry r, lora_alpha and lora_dropout beside the tensors: safetensors with a header of ours."""
+"""Adapters in files that carry how they are to be read beside the tensors: safetensors with a header of ours."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .merge import MergingLayer
 from .state import Bias, lora_state_dict
 from .whole import written_whole
 
-_HEADER = "fused_lora"
+HEADER = "fused_lora"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """How one layer's adapter is to be read. enable_lora: MergedLinear's slices; None for other layers.
 
+    fan_in_fan_out: whether a Linear's or MergedLinear's weight is stored (in, out). kind: as in `AdapterLayer`. Both
+        None in files from before they were stored.
     Raises ValueError for a field of another type or out of its range.
     """
 
@@ -30,6 +34,8 @@ class AdapterConfig:
     lora_alpha: float
     lora_dropout: float
     enable_lora: list[bool] | None = None
+    fan_in_fan_out: bool | None = None
+    kind: Literal["linear", "embedding", "conv", "merged"] | None = None
 
     def __post_init__(self) -> None:
         fields = {
@@ -38,6 +44,9 @@ class AdapterConfig:
             "lora_dropout": type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout <= 1,
             "enable_lora": self.enable_lora is None
             or (type(self.enable_lora) is list and all(type(on) is bool for on in self.enable_lora)),
+            "fan_in_fan_out": self.fan_in_fan_out is None or type(self.fan_in_fan_out) is bool,
+            "kind": self.kind in (None, "merged")
+            or (self.kind in ("linear", "embedding", "conv") and self.enable_lora is None),
         }
         for name, valid in fields.items():
             if not valid:
@@ -45,11 +54,12 @@ class AdapterConfig:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], bias: Bias = "none") -> None:
-    """Writes `lora_state_dict(model, bias)` to a safetensors file, with every layer's r, lora_alpha and lora_dropout.
+    """Writes `lora_state_dict(model, bias)` to a safetensors file, with an `AdapterConfig` of every layer.
 
-    The file appears under its name when it is whole. Raises ValueError if the model has no LoRA layer, and OSError if
-    the file cannot be written.
+    The file appears under its name when it is whole. Raises ValueError if the model has no LoRA layer or path has a
+    pickle's ending, and OSError if the file cannot be written.
     """
+    check_ending(path, ".safetensors")
     layers = _lora_layers(model)
     if not layers:
         raise ValueError("model has no LoRA layer; expected at least one to save.")
@@ -57,7 +67,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], bias: Bias = "n
     # A copy each: safetensors refuses tensors that share storage.
     tensors = {key: tensor.clone().contiguous() for key, tensor in lora_state_dict(model, bias).items()}
     with written_whole(path) as unfinished:
-        save_file(tensors, unfinished, metadata={_HEADER: header})
+        save_file(tensors, unfinished, metadata={HEADER: header})
 
 
 def adapter_configs(path: str | os.PathLike[str]) -> dict[str, AdapterConfig]:
@@ -65,7 +75,13 @@ def adapter_configs(path: str | os.PathLike[str]) -> dict[str, AdapterConfig]:
 
     Raises ValueError if the file was not written by `save_adapter`, and OSError if it cannot be read.
     """
-    return _read(path)[0]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return configs_of(file.metadata() or {})
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} was not written by save_adapter; expected safetensors with its header."
+        ) from error
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -76,7 +92,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises ValueError, before anything is changed, if the file's layers, ranks, slices, names or shapes are not the
     model's.
     """
-    configs, tensors = _read(path)
+    configs, tensors = adapter_configs(path), load_file(path)
     layers, state = _lora_layers(model), model.state_dict()
     for name in configs.keys() ^ layers.keys():
         where = "the file" if name in configs else "model"
@@ -119,16 +135,28 @@ def _config(layer: MergingLayer) -> AdapterConfig:
     dropout = layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
     # A file holds no scaling; one that was set, such as lora_alpha / sqrt(r), has a lora_alpha too.
     lora_alpha = layer.lora_alpha if layer.scaling == layer.lora_alpha / layer.r else layer.scaling * layer.r
-    return AdapterConfig(layer.r, lora_alpha, dropout, getattr(layer, "enable_lora", None))
+    enable_lora, fan_in_fan_out = (getattr(layer, name, None) for name in ("enable_lora", "fan_in_fan_out"))
+    return AdapterConfig(layer.r, lora_alpha, dropout, enable_lora, fan_in_fan_out, _kind(layer))
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, AdapterConfig], dict[str, Tensor]]:
-    foreign = f"{os.fspath(path)!r} was not written by save_adapter; expected safetensors with its header."
+def _kind(layer: MergingLayer) -> Literal["linear", "embedding", "conv", "merged"]:
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    if layer._owner() is not layer:
+        return "conv"
+    return "merged" if hasattr(layer, "enable_lora") else "linear"
+
+
+def check_ending(path: str | os.PathLike[str], suffix: str) -> None:
+    """Raises ValueError if path's ending says pickle where suffix, a format's, does not, or the other way."""
+    ending = os.path.splitext(path)[1]
+    if (ending in PICKLES) != (suffix in PICKLES):
+        raise ValueError(f"path is {os.fspath(path)!r}; expected it to end in {suffix}, as which it is written.")
+
+
+def configs_of(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
+    """By layer name, what a file's metadata say. Raises ValueError if they are not as save_adapter writes them."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER, "")
-            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        configs = {name: AdapterConfig(**config) for name, config in json.loads(header).items()}
-        return configs, tensors
-    except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(foreign) from error
+        return {name: AdapterConfig(**config) for name, config in json.loads(metadata.get(HEADER, "")).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError("its header is not save_adapter's.") from error

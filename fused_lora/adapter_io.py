@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter import Adapter, AdapterLayer
-from .adapter_file import AdapterConfig, adapter_configs
+from .adapter_file import HEADER, PICKLES, AdapterConfig, check_ending, configs_of
 from .formats import FORMATS, adapter_from_state_dict, adapter_to_state_dict
 from .peft_config import check_plain, config_of, with_config, with_layer_config
 from .whole import written_whole
 
-_OWN_HEADER = "fused_lora"
 _DIFFUSERS_HEADER = "lora_adapter_metadata"
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-_PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_adapter(path: str | os.PathLike[str], format: str | None = None) -> Adapter:
@@ -39,14 +37,11 @@ def read_adapter(path: str | os.PathLike[str], format: str | None = None) -> Ada
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}.")
     path = Path(path)
-    if path.name == _PEFT_CONFIG:
-        path = path.parent
+    folder = _peft_folder(path)
     with _naming(path):
-        if path.is_dir():
-            adapter = _read_peft(path)
-        elif (path.parent / _PEFT_CONFIG).exists() and path.name.startswith("adapter_model."):
-            adapter = _read_peft(path.parent)
-        elif path.suffix in _PICKLES:
+        if folder is not None:
+            adapter = _read_peft(folder, path.name if path.name in _PEFT_TENSORS and path != folder else None)
+        elif path.suffix in PICKLES:
             adapter = adapter_from_state_dict(_unpickled(path))
         else:
             adapter = _read_safetensors(path)
@@ -60,21 +55,35 @@ def read_adapter(path: str | os.PathLike[str], format: str | None = None) -> Ada
         return adapter
 
 
+def check_overwrites_none(output: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Raises ValueError if to write to output would change a source: a file, or a folder or one of its files.
+
+    A file is the source under any name, a hard link's or a symbolic one's. What is new in PEFT's folder changes it too.
+    """
+    place = Path(output).parent.resolve() / Path(output).name
+    for source in map(Path, sources):
+        folder = _peft_folder(source)
+        parts = [source] if folder is None else [folder, *folder.glob("*")]
+        inside = folder is not None and (folder / _PEFT_CONFIG).exists() and folder.resolve() in place.parents
+        if inside or (place.exists() and any(part.exists() and place.samefile(part) for part in parts)):
+            raise ValueError(f"The output is {os.fspath(output)!r}, a part of {os.fspath(source)!r}; expected another.")
+
+
 def load_state_dict_from_safetensors(file_path: str | os.PathLike[str], device: str = "cpu") -> dict[str, Tensor]:
     """Every tensor of a safetensors file by its name, on device. ROLL's function of this name.
 
     Raises ValueError if the file is not whole or no safetensors file, and OSError if it cannot be read.
     """
     with _naming(file_path):
-        return _loaded(file_path, str(device))
+        return _loaded(file_path, str(device))[0]
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike[str], format: str) -> tuple[str, ...]:
     """Writes a file, or for "peft" a new folder, that appears under its name when it is whole.
 
-    Returns a sentence for all that the format cannot hold; see `formats`. Raises ValueError as `adapter_to_state_dict`
-    does, before anything is written, FileExistsError for a folder that is not empty, and OSError if path cannot be
-    written.
+    Returns a sentence for all that the format cannot hold; see `formats`. Before anything is written it raises
+    ValueError as `adapter_to_state_dict` does, and if the ending is a pickle's where the file is none, or the other way
+    round; FileExistsError for a folder that is not empty; and OSError if path cannot be written.
     """
     tensors, notes = adapter_to_state_dict(adapter, format)
     if format == "peft":
@@ -82,9 +91,10 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str], format: str) -
         with written_whole(path, folder=True) as folder:
             _write_peft(folder, tensors, config)
         return notes + more
+    check_ending(path, FORMATS[format].suffix)
     metadata = {"format": "pt"}
     if format == "fused_lora":
-        metadata = {_OWN_HEADER: json.dumps(_own_configs(adapter))}
+        metadata = {HEADER: json.dumps(_own_configs(adapter))}
     elif format in ("diffusers", "diffusers-old"):
         metadata[_DIFFUSERS_HEADER] = json.dumps(_diffusers_configs(_as_stored(adapter, format)))
     with written_whole(path) as file:
@@ -112,10 +122,11 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 
 
-def _loaded(path: str | os.PathLike[str], device: str = "cpu") -> dict[str, Tensor]:
+def _loaded(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
     try:
-        tensors: dict[str, Tensor] = load_file(path, device=device)
-        return tensors
+        with safe_open(path, framework="pt", device=device) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"it is no whole safetensors file ({error})") from error
 
@@ -136,12 +147,10 @@ def _unpickled(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Adapter:
-    tensors = _loaded(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    tensors, metadata = _loaded(path)
     adapter = adapter_from_state_dict(tensors)
-    if _OWN_HEADER in metadata:
-        return _with_own_configs(adapter, adapter_configs(path))
+    if HEADER in metadata:
+        return _with_own_configs(adapter, configs_of(metadata))
     if _DIFFUSERS_HEADER in metadata:
         return _with_diffusers_configs(adapter, _json(metadata[_DIFFUSERS_HEADER], _DIFFUSERS_HEADER))
     return adapter
@@ -161,9 +170,10 @@ def _with_own_configs(adapter: Adapter, configs: Mapping[str, AdapterConfig]) ->
             layer.lora_B,
             config.r,
             config.lora_alpha,
-            kind="merged" if enabled else "conv" if config.r != inner else layer.kind,
+            kind=config.kind or ("merged" if enabled else "conv" if config.r != inner else layer.kind),
             enable_lora=enabled,
             lora_dropout=config.lora_dropout,
+            fan_in_fan_out=config.fan_in_fan_out,
         )
     return replace(adapter, layers=layers, format="fused_lora")
 
@@ -173,7 +183,9 @@ def _own_configs(adapter: Adapter) -> dict[str, Any]:
     for path, layer in adapter.layers.items():
         assert layer.plain_alpha is not None
         enabled = None if layer.enable_lora is None else list(layer.enable_lora)
-        configs[path] = asdict(AdapterConfig(layer.r, layer.plain_alpha, layer.lora_dropout, enabled))
+        fan_in_fan_out = adapter.stored_transposed(path)
+        config = AdapterConfig(layer.r, layer.plain_alpha, layer.lora_dropout, enabled, fan_in_fan_out, layer.kind)
+        configs[path] = asdict(config)
     return configs
 
 
@@ -211,10 +223,20 @@ def _with_alpha_r(layer: AdapterLayer) -> AdapterLayer:
     return layer if layer.lora_alpha is not None else replace(layer, lora_alpha=float(layer.r))
 
 
-def _read_peft(folder: Path) -> Adapter:
+def _peft_folder(path: Path) -> Path | None:
+    """The folder of PEFT's that path is, or is a file of."""
+    if path.is_dir():
+        return path
+    beside_config = path.name in _PEFT_TENSORS and (path.parent / _PEFT_CONFIG).exists()
+    return path.parent if path.name == _PEFT_CONFIG or beside_config else None
+
+
+def _read_peft(folder: Path, name: str | None) -> Adapter:
+    """name: of the file that has the tensors; None takes what there is."""
     config = _json((folder / _PEFT_CONFIG).read_text(encoding="utf-8"), _PEFT_CONFIG)
-    file = folder / _PEFT_TENSORS
-    tensors = _loaded(file) if file.exists() else _unpickled(folder / "adapter_model.bin")
+    new, old = (folder / each for each in _PEFT_TENSORS)
+    file = folder / name if name else new if new.exists() else old
+    tensors = _unpickled(file) if file.name == old.name else _loaded(file)[0]
     return with_config(adapter_from_state_dict(tensors), config)
 
 
@@ -229,5 +251,5 @@ def _json(text: str, name: str) -> Mapping[str, Any]:
 
 
 def _write_peft(folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> None:
-    save_file(tensors, folder / _PEFT_TENSORS, metadata={"format": "pt"})
+    save_file(tensors, folder / _PEFT_TENSORS[0], metadata={"format": "pt"})
     (folder / _PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +12,10 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .adapter import Adapter
-from .adapter_io import read_adapter, write_adapter
+from .adapter_io import check_overwrites_none, read_adapter, write_adapter
 from .formats import FORMATS, is_flat
 from .merge_file import base_tensors, merge_file, merge_file_report
-from .state_merge import MergeReport, base_names
+from .state_merge import MergeReport, base_names, with_slices_of
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _MOST_SHOWN = 10
@@ -36,7 +35,9 @@ def add_file_commands(commands: Any, devices: Sequence[str]) -> None:
         action=argparse.BooleanOptionalAction,
         help="square weights are stored as (in, out), like GPT-2's (default: what PEFT's config says, or they are not)",
     )
-    merge.add_argument("--strict", action="store_true", help="fail if a part of the adapter is not in the base")
+    merge.add_argument(
+        "--strict", action="store_true", help="fail if a part of the adapter is not in the base, or is for what it ties"
+    )
     merge.add_argument("--dry-run", action="store_true", help="print the report, write nothing")
     _add_reading(merge)
     merge.set_defaults(run=failing_in_one_sentence(_merge))
@@ -91,13 +92,14 @@ def _read(path: str, arguments: argparse.Namespace) -> Adapter:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    check_overwrites_none(arguments.output_path, arguments.lora_path)
     adapter = _read(arguments.lora_path, arguments)
     report = merge_file_report(arguments.base_model_path, adapter, fan_in_fan_out=arguments.fan_in_fan_out)
     _print_report(report, adapter, arguments.alpha)
-    if os.path.exists(arguments.output_path) and os.path.samefile(arguments.output_path, arguments.lora_path):
-        raise ValueError(f"output_path is {arguments.output_path!r}, the adapter itself; expected another.")
     if arguments.strict and (report.missing or report.unexpected):
         raise ValueError("A part of the adapter is not in the base, which --strict forbids.")
+    if arguments.strict and report.tied:
+        raise ValueError("The base ties its output head to embeddings that the merge changes, which --strict forbids.")
     if arguments.dry_run:
         return 0
     size = sum(tensor.nbytes for tensor in base_tensors(arguments.base_model_path).values())
@@ -124,6 +126,7 @@ def _print_report(report: MergeReport, adapter: Adapter, alpha: float) -> None:
     _print_names("replaced", report.replaced)
     _print_names("missing", report.missing)
     _print_names("unexpected", report.unexpected)
+    _print_names("tied", report.tied, "; the base has one weight for embeddings and output head")
     if report.square:
         taken = "(in, out)" if report.square[0] in report.transposed else "(out, in)"
         why = "torch's layout" if adapter.fan_in_fan_out is None else "as PEFT's config says"
@@ -134,26 +137,28 @@ def _print(title: str, text: str) -> None:
     print(f"{title:<15}{text}")
 
 
-def _print_names(title: str, names: Iterable[str]) -> None:
+def _print_names(title: str, names: Iterable[str], why: str = "") -> None:
     names = list(names)
     if names:
         left = f", and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-        _print(title, f"{len(names)}: {', '.join(names[:_MOST_SHOWN])}{left}")
+        _print(title, f"{len(names)}: {', '.join(names[:_MOST_SHOWN])}{left}{why}")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    check_overwrites_none(arguments.target, *filter(None, (arguments.source, arguments.base_model_path)))
     adapter = _read(arguments.source, arguments)
     if arguments.lora_alpha is not None:
         adapter = adapter.with_alpha(arguments.lora_alpha)
     adapter = adapter.with_embeddings(arguments.embeddings)
     if arguments.base_model_path is not None:
-        names = base_names(base_tensors(arguments.base_model_path), adapter)
+        base = base_tensors(arguments.base_model_path)
+        names = base_names(base, adapter)
         absent = [path for path in adapter.layers if path not in names]
         if absent:
             raise ValueError(
                 f"{absent[0]!r} and {len(absent) - 1} other layers are not in the base; expected them all."
             )
-        adapter = adapter.with_names(names)
+        adapter = with_slices_of(base, adapter).with_names(names)
     elif arguments.to != "kohya" and any(is_flat(path) for path in adapter.layers):
         raise ValueError("kohya's names have underscores for dots; expected --base_model_path, which has the dots.")
     notes = write_adapter(adapter, arguments.target, arguments.to)
@@ -180,8 +185,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "size": f"{sum(tensor.nbytes for tensor in tensors):,} bytes",
         "targets": _counted(Counter(path.rpartition(".")[2] or "the model" for path in layers)),
     }
-    if adapter.fan_in_fan_out is not None:
-        rows["fan_in_fan_out"] = str(adapter.fan_in_fan_out)
+    layouts = [adapter.stored_transposed(path) for path in layers]
+    if any(transposed is not None for transposed in layouts):
+        rows["fan_in_fan_out"] = _counted(Counter(str(each) for each in layouts if each is not None))
     for title, text in rows.items():
         _print(title, text)
     _print_names("others", adapter.others)

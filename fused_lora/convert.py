@@ -6,9 +6,8 @@ parameters, are kept. What the new class holds is taken from a layer that its co
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,7 @@ from .conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from .embedding import Embedding
 from .linear import Linear, MergedLinear
 from .merge import MergingLayer
-
-Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
+from .targets import Targets, by_name, named
 
 _CONVOLUTIONS: dict[type[nn.Module], type[ConvLoRA]] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 _PLAIN: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
@@ -103,10 +101,10 @@ def convert(
     """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError("model is wrapped in DistributedDataParallel; expected to be converted before it is wrapped.")
-    targets = _targets(model, target_modules)
-    ranks = _by_name("rank_pattern", rank_pattern or {}, targets)
-    alphas = _by_name("alpha_pattern", alpha_pattern or {}, targets)
-    slices = _by_name("enable_lora", enable_lora or {}, targets)
+    targets = named(model, target_modules)
+    ranks = by_name("rank_pattern", rank_pattern or {}, targets)
+    alphas = by_name("alpha_pattern", alpha_pattern or {}, targets)
+    slices = by_name("enable_lora", enable_lora or {}, targets)
     inside = {id(part) for module in model.modules() if isinstance(module, LoRALayer) for part in module.modules()}
     refused = {
         name: "is a LoRA layer already or a part of one"
@@ -148,60 +146,6 @@ def unconvert(model: nn.Module, *, merge: bool = True) -> list[Replaced]:
     if not converted:
         raise ValueError("model has no layer made by convert; expected at least one.")
     return [_unconvert(name, module, merge) for name, module in converted.items()]
-
-
-def _targets(model: nn.Module, target_modules: Targets) -> dict[str, nn.Module]:
-    """The named modules by name, each once, whatever the number of its names."""
-    names_it = _matcher(target_modules)
-    found: dict[str, nn.Module] = {}
-    seen, names = set(), []
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.append(name)
-        if id(module) not in seen and names_it(name, module):
-            seen.add(id(module))
-            found[name] = module
-    if not isinstance(target_modules, str) and not callable(target_modules):
-        for entry in target_modules:
-            if not any(_ends_with(name, entry) for name in names):
-                raise ValueError(f"target_modules has {entry!r}; expected the name, or its end, of a module of model.")
-    if not found:
-        raise ValueError(f"target_modules is {target_modules!r}; expected to name at least one module of model.")
-    return found
-
-
-def _matcher(target_modules: Targets) -> Callable[[str, nn.Module], bool]:
-    if isinstance(target_modules, str):
-        pattern = _compiled("target_modules", target_modules)
-        return lambda name, module: pattern.fullmatch(name) is not None
-    if callable(target_modules):
-        return target_modules
-    if not isinstance(target_modules, Collection) or not all(isinstance(entry, str) for entry in target_modules):
-        raise TypeError(f"target_modules is {target_modules!r}; expected names, a regular expression or a function.")
-    return lambda name, module: any(_ends_with(name, entry) for entry in target_modules)
-
-
-def _ends_with(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
-
-
-def _by_name(argument: str, pattern: Mapping[str, Any], targets: Collection[str]) -> dict[str, Any]:
-    """The value for each target that a key of the pattern matches; the first such key's."""
-    values: dict[str, Any] = {}
-    for key, value in pattern.items():
-        expression = _compiled(argument, rf"(.*\.)?({key})$")
-        matched = [name for name in targets if expression.match(name)]
-        if not matched:
-            raise ValueError(f"{argument} has {key!r}; expected to match the name, or its end, of a converted layer.")
-        for name in matched:
-            values.setdefault(name, value)
-    return values
-
-
-def _compiled(argument: str, expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{argument} has {expression!r}; expected a regular expression: {error}.") from error
 
 
 def _refusal(module: Any, sliced: bool, merge_weights: bool) -> str | None:

@@ -3,6 +3,8 @@
 What a format cannot hold is lost when it is written, and `adapter_to_state_dict` says so:
     loralib, mistral, megatron: no scaling (lora_alpha / r). loralib's files do not tell an embedding or a convolution
         from a linear layer, and its MergedLinear is one only by its shapes, without enable_lora.
+    loralib, mistral, kohya, megatron: no lora_dropout.
+    all but peft and this package's own: no fan_in_fan_out.
     kohya: the dots of a layer's path become underscores, and cannot be told from real ones when it is read. lora_alpha
         is a float32.
     all but loralib's and this package's own: a MergedLinear is one adapter of rank r * n with a block-diagonal lora_B.
@@ -26,14 +28,16 @@ from .adapter import Adapter, AdapterLayer, Kind
 class Format:
     """What a format's state dicts hold.
 
-    lora_A, lora_B: what follows a layer's path. suffix: of its file. loralib_layers: MergedLinear and convolutions as
-    loralib has them. stores_others: entries that are no adapter's. kinds: of layers.
+    lora_A, lora_B: what follows a layer's path. suffix: of its file. stores_layout: fan_in_fan_out. loralib_layers:
+    MergedLinear and convolutions as loralib has them. stores_others: entries that are no adapter's. kinds: of layers.
     """
 
     lora_A: str
     lora_B: str
     suffix: str = ".safetensors"
     stores_alpha: bool = False
+    stores_dropout: bool = False
+    stores_layout: bool = False
     loralib_layers: bool = False
     stores_others: bool = False
     kinds: tuple[Kind, ...] = ("linear",)
@@ -52,6 +56,8 @@ FORMATS: Mapping[str, Format] = {
         "lora_A",
         "lora_B",
         stores_alpha=True,
+        stores_dropout=True,
+        stores_layout=True,
         loralib_layers=True,
         stores_others=True,
         kinds=("linear", "embedding", "merged"),
@@ -61,12 +67,18 @@ FORMATS: Mapping[str, Format] = {
         "lora_B.weight",
         suffix="",
         stores_alpha=True,
+        stores_dropout=True,
+        stores_layout=True,
         stores_others=True,
         kinds=("linear", "embedding", "conv"),
     ),
     "mistral": Format("lora_A.weight", "lora_B.weight"),
-    "diffusers": Format("lora_A.weight", "lora_B.weight", stores_alpha=True, kinds=("linear", "conv")),
-    "diffusers-old": Format("lora.down.weight", "lora.up.weight", stores_alpha=True, kinds=("linear", "conv")),
+    "diffusers": Format(
+        "lora_A.weight", "lora_B.weight", stores_alpha=True, stores_dropout=True, kinds=("linear", "conv")
+    ),
+    "diffusers-old": Format(
+        "lora.down.weight", "lora.up.weight", stores_alpha=True, stores_dropout=True, kinds=("linear", "conv")
+    ),
     "kohya": Format("lora_down.weight", "lora_up.weight", stores_alpha=True, kinds=("linear", "conv")),
     "megatron": Format("adapter.linear_in.weight", "adapter.linear_out.weight"),
     "megatron-weights": Format("weight_A", "weight_B"),
@@ -113,6 +125,8 @@ _REFUSED = {
     "lora_diag": "KaSA",
     "trainable_tokens_": "trainable tokens",
 }
+# PEFT's, of VeLoRA and MonteCLoRA: what its forward needs in training alone.
+_TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_")
 _BIAS_OF_B = re.compile(r"(?:.+\.)?(?:lora_B(?:\.[^.]+)?|lora_up|lora\.up)\.bias")
 
 
@@ -134,7 +148,8 @@ def adapter_from_state_dict(state_dict: Mapping[str, Tensor]) -> Adapter:
     diffusers have it. Other layers have none: the state dict does not store it.
 
     Raises ValueError if there is no adapter in it, half a layer's is missing, two adapters are in it, the shapes do not
-    fit, or it is of a kind that is more than scaling · B A, as DoRA and LoHa are.
+    fit, or it is of a kind that is more than scaling · B A, as DoRA and LoHa are, or has entries left over that look
+    like an adapter's.
     """
     for key, tensor in state_dict.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
@@ -167,6 +182,9 @@ def adapter_from_state_dict(state_dict: Mapping[str, Tensor]) -> Adapter:
             layers[path] = _layer(pair["A"], pair["B"], state_dict, alpha)
         except ValueError as error:
             raise ValueError(f"Layer {path!r}: {error}") from error
+    for key in state_dict:
+        if key not in used and _is_more_of_an_adapter(key):
+            raise ValueError(f"Entry {key!r} is of no known kind; expected plain LoRA, lora_A and lora_B alone.")
     others = {_plain_name(key): tensor for key, tensor in state_dict.items() if key not in used}
     return Adapter(layers, others, entries[0].format)
 
@@ -212,6 +230,12 @@ def _layer(a: _Entry, b: _Entry, state_dict: Mapping[str, Tensor], alpha_key: st
     return layer
 
 
+def _is_more_of_an_adapter(key: str) -> bool:
+    """Whether what is left over changes what an adapter computes, as AdaLoRA's lora_E or an unused .alpha does."""
+    parts = (part for part in key.split(".") if not part.startswith(_TRAINING_STATE))
+    return key.endswith((".alpha", ".diff", ".diff_b")) or any(part.startswith("lora_") for part in parts)
+
+
 def _plain_name(key: str) -> str:
     """The name in the plain model of what PEFT trains beside its adapters."""
     key = key.removeprefix(_PEFT).replace(".base_layer.", ".")
@@ -232,6 +256,10 @@ def adapter_to_state_dict(adapter: Adapter, format: str) -> tuple[dict[str, Tens
     state: dict[str, Tensor] = {}
     blocks = [path for path, layer in adapter.layers.items() if layer.kind == "merged" and not spelling.loralib_layers]
     for path, stored in adapter.layers.items():
+        if stored.kind == "linear" and stored.enable_lora is not None:
+            raise ValueError(
+                f"Layer {path!r} may be linear or a MergedLinear of one enabled slice; expected a base, which tells."
+            )
         try:
             layer = stored.dense() if path in blocks else stored
         except ValueError as error:
@@ -255,6 +283,12 @@ def adapter_to_state_dict(adapter: Adapter, format: str) -> tuple[dict[str, Tens
     if not spelling.stores_alpha:
         scalings = sorted({layer.scaling for layer in adapter.layers.values() if layer.scaling is not None})
         notes.append(f"{format} stores no scaling; this adapter's is {', '.join(map(str, scalings)) or 'not known'}.")
+    if not spelling.stores_dropout and any(layer.lora_dropout for layer in adapter.layers.values()):
+        dropouts = sorted({layer.lora_dropout for layer in adapter.layers.values()})
+        notes.append(f"{format} stores no lora_dropout; this adapter's is {', '.join(map(str, dropouts))}.")
+    transposed = [path for path in adapter.layers if adapter.stored_transposed(path)]
+    if transposed and not spelling.stores_layout:
+        notes.append(f"{format} stores no fan_in_fan_out; this adapter's {len(transposed)} layers have it.")
     if blocks:
         notes.append(f"{len(blocks)} MergedLinear are stored as one adapter each, with a block-diagonal lora_B.")
     if format == "kohya":

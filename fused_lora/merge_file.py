@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .safetensors_stream import TensorReader, write_header, write_tensor
-from .state_merge import MergeReport, merged_tensor, plan_merge
+from .state_merge import MergeReport, check_dtype, merged_dtype, merged_tensor, plan_merge
 from .whole import written_whole
 
 _INDEX = ".safetensors.index.json"
 # What describes a model beside its weights: copied, so that the result loads as the base does.
-_DESCRIPTIONS = (".json", ".jinja", ".model", ".txt", ".py")
+_DESCRIPTIONS = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".spm")
+_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def merge_file(
     files that are not whole, before anything is written; FileExistsError for an output folder that is not empty; and
     OSError if a file cannot be read or written.
     """
+    check_dtype(dtype)
     base = _base(base_model_path)
     output_path = Path(output_path)
     if output_path.exists() and any(output_path.samefile(path) for path in (*base.shards, base.folder) if path):
@@ -63,7 +65,7 @@ def merge_file(
     with ExitStack() as stack:
         readers = [stack.enter_context(TensorReader(shard)) for shard in base.shards]
         tensors = _tensors(readers, base)
-        report = plan_merge(tensors, adapter, fan_in_fan_out)
+        report = _planned(base, tensors, adapter, fan_in_fan_out)
         changed = report.merged.keys() | report.replaced.keys()
 
         def merged(key: str, tensor: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def merge_file_report(
     base_model_path: str | os.PathLike[str], adapter: Adapter, *, fan_in_fan_out: bool | None = None
 ) -> MergeReport:
     """What `merge_file` would do; reads headers alone. Raises the same errors."""
-    return plan_merge(base_tensors(base_model_path), adapter, fan_in_fan_out)
+    return _planned(_base(base_model_path), base_tensors(base_model_path), adapter, fan_in_fan_out)
 
 
 def base_tensors(base_model_path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -94,6 +96,42 @@ def base_tensors(base_model_path: str | os.PathLike[str]) -> dict[str, Tensor]:
     base = _base(base_model_path)
     with ExitStack() as stack:
         return _tensors([stack.enter_context(TensorReader(shard)) for shard in base.shards], base)
+
+
+def _planned(base: _Base, tensors: Mapping[str, Tensor], adapter: Adapter, fan_in_fan_out: bool | None) -> MergeReport:
+    report = plan_merge(tensors, adapter, fan_in_fan_out)
+    return replace(report, tied=_tied(tensors, report, _config(base)))
+
+
+def _config(base: _Base) -> Mapping[str, Any]:
+    path = base.folder / "config.json" if base.folder else None
+    if path is None or not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds {type(content).__name__}; expected an object.")
+    return content
+
+
+def _tied(tensors: Mapping[str, Tensor], report: MergeReport, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`MergeReport.tied`. Embeddings are known by their rows, vocab_size: their names differ from model to model."""
+    text = config.get("text_config")
+    configs = (config, text if isinstance(text, dict) else {})
+    is_tied = any(each.get("tie_word_embeddings") is True for each in configs)
+    if not is_tied or any(_is_head(key) for key in tensors):
+        return ()
+    sizes = [each.get("vocab_size") for each in configs]
+    changed = [*report.merged, *(key for key in report.replaced if key not in report.merged)]
+    embeddings = [key for key in changed if tensors[key].dim() == 2 and tensors[key].shape[0] in sizes]
+    return (*embeddings, *filter(_is_head, (*report.missing, *report.unexpected)))
+
+
+def _is_head(name: str) -> bool:
+    """Whether this is a layer lm_head, or its weight."""
+    return f".{name}".removesuffix(".weight").endswith(".lm_head")
 
 
 def _base(path: str | os.PathLike[str]) -> _Base:
@@ -164,8 +202,7 @@ def _merge_shard(
 ) -> None:
     metas = dict(reader.tensors)
     for key in changed & metas.keys():
-        if dtype is not None and metas[key].is_floating_point():
-            metas[key] = metas[key].to(dtype)
+        metas[key] = metas[key].to(merged_dtype(metas[key], dtype))
     with path.open("wb") as file:
         for key in write_header(file, metas, reader.metadata):
             if key in changed:
@@ -176,9 +213,11 @@ def _merge_shard(
 
 
 def _copy_descriptions(base: Path, folder: Path) -> None:
-    for file in sorted(base.iterdir()):
+    for file in sorted((*base.iterdir(), *base.glob(f"{_TEMPLATES}/*.jinja"))):
         if file.is_file() and file.suffix in _DESCRIPTIONS and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _write_index(index: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ def with_config(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
     Raises ValueError if the config is not of plain LoRA, has a field of another type, or a rank that is not lora_A's.
     """
     check_plain(config)
-    fan_in_fan_out = bool(config.get("fan_in_fan_out", False))
+    fan_in_fan_out = _switch(config, "fan_in_fan_out")
     layers = {path: with_layer_config(path, layer, config) for path, layer in adapter.layers.items()}
     return replace(adapter, layers=layers, format="peft", fan_in_fan_out=fan_in_fan_out, config=dict(config))
 
@@ -50,7 +50,7 @@ def with_layer_config(path: str, layer: AdapterLayer, config: Mapping[str, Any])
     dropout = config.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
         raise ValueError(f"lora_dropout is {dropout!r} in the config; expected a probability.")
-    return replace(layer, lora_alpha=lora_alpha, use_rslora=bool(config.get("use_rslora")), lora_dropout=dropout)
+    return replace(layer, lora_alpha=lora_alpha, use_rslora=_switch(config, "use_rslora"), lora_dropout=dropout)
 
 
 def check_plain(config: Mapping[str, Any]) -> None:
@@ -61,11 +61,18 @@ def check_plain(config: Mapping[str, Any]) -> None:
         if config.get(name):
             raise ValueError(f"{name} is {config[name]!r} in the adapter's config; expected plain LoRA without it.")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGED_BASES):
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASES):
         raise ValueError(
             f"init_lora_weights is {init!r}, which changes the base weights; expected an adapter that was saved with "
             "PEFT's path_initial_model_for_weight_conversion."
         )
+
+
+def _switch(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{field} is {value!r} in the config; expected true or false.")
+    return bool(value)
 
 
 def _of_pattern(config: Mapping[str, Any], field: str, path: str, default: Any) -> Any:
@@ -96,6 +103,9 @@ def config_of(adapter: Adapter) -> tuple[dict[str, Any], tuple[str, ...]]:
     dropouts = {layer.lora_dropout for layer in layers.values()}
     if len(dropouts) > 1:
         notes.append(f"peft stores one lora_dropout; the layers have {sorted(dropouts)}, and 0 is stored.")
+    layouts = {adapter.stored_transposed(path) for path in layers} - {None}
+    if len(layouts) > 1:
+        notes.append("peft stores one fan_in_fan_out; the layers have both, and true is stored.")
     beside: dict[str, set[str]] = {}
     for key in adapter.others:
         owner, _, leaf = key.rpartition(".")
@@ -116,7 +126,7 @@ def config_of(adapter: Adapter) -> tuple[dict[str, Any], tuple[str, ...]]:
         "rank_pattern": {_exactly(path): layer.r for path, layer in layers.items() if layer.r != r},
         "alpha_pattern": {_exactly(path): alpha for path, alpha in alphas.items() if alpha != lora_alpha},
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
-        "fan_in_fan_out": bool(adapter.fan_in_fan_out),
+        "fan_in_fan_out": True in layouts,
         "bias": bias,
         "target_modules": sorted(layers),
         "modules_to_save": stored.get("modules_to_save") or modules or None,

@@ -92,7 +92,8 @@ class TensorReader:
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise ValueError("its header is larger than the file")
         header = json.loads(self._file.read(length).decode("utf-8"))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = {} if metadata is None else metadata
         if not all(type(text) is str for text in self.metadata.values()):
             raise ValueError("its metadata are not texts")
         self.tensors: dict[str, Tensor] = {}

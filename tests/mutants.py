@@ -57,6 +57,14 @@ NARROW = "kernels/narrow.py"
 REPLAY = "kernels/replay.py"
 SPANS = "kernels/spans.py"
 LAUNCH = "kernels/launch.py"
+ADAPTER_IO = "fused_lora/adapter_io.py"
+FORMATS = "fused_lora/formats.py"
+PEFT_CONFIG = "fused_lora/peft_config.py"
+MERGE_FILE = "fused_lora/merge_file.py"
+STATE_MERGE = "fused_lora/state_merge.py"
+OUTSIDE = "fused_lora/adapter.py"
+CLI_FILES = "fused_lora/cli_files.py"
+WHOLE = "fused_lora/whole.py"
 FLAGS = "kernels/flags.py"
 FUSED = "fused_lora/fused.py"
 RANKS = "kernels/_ranks.py"
@@ -114,6 +122,12 @@ PANEL_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
 UNMASKED = ("tests/test_split_panel.py", "-k", "not mask and (not against_float64 or 50)")
 DRAWN = ("tests/test_split_panel.py", "-k", "mask and (33 or 50 or tile or alone or draws)")
 KNOWN = ("tests/test_known.py",)
+IO = ("tests/test_adapter_io.py",)
+SPELT = ("tests/test_formats.py",)
+COMMANDS = ("tests/test_cli_merge.py",)
+MODEL_FILES = ("tests/test_merge_file.py",)
+SUMS = ("tests/test_state_merge.py",)
+WRITERS = ("tests/test_whole.py",)
 BATCHES = ("tests/test_direct.py", "-k", "batch")
 CHOICE = ("tests/test_dispatch.py",)
 TABLES = ("tests/test_tiles.py",)
@@ -449,7 +463,7 @@ MUTANTS = (
     Mutant("one key for sums alone and beside", REDUCE, "dtype, beside, None", "dtype, None", KEYS),
     Mutant("a sum that waits for nothing", REDUCE, "        gdc_wait()", "        pass", BESIDE),
     Mutant("a sum not told to begin early", REDUCE, "launch_pdl=beside", "launch_pdl=False", BESIDE),
-    Mutant("a sum let in by nobody", ADAPTER, "followed=overlaps)", "followed=False)", BESIDE),
+    Mutant("a sum let in by nobody", ADAPTER, "followed=overlaps\n", "followed=False\n", BESIDE),
     Mutant("da summed for db", ADAPTER, "1.0, (partial_db, dtype)", "1.0, (partial_da, dtype)", BESIDE),
     Mutant("ranks past the first step", EXTENDED, "rank_steps = cdiv(R, tile.block_i)", "rank_steps = 1", OVER_RANKS),
     Mutant(
@@ -1089,6 +1103,125 @@ MUTANTS = (
     Mutant("a tile of masks not looked at", TUNING, "*gradients, bits, *drawn", "*gradients, bits", MASKED_TRIALS),
     Mutant("one graph of each step", TIMING, "for _ in range(captures)]", "for _ in range(1)]", TURNS),
     Mutant("every row the first", INVARIANT, "row = x[m : m + 1]", "row = x[:1]", ONE_LAUNCH_PATH),
+    Mutant("new files in PEFT's folder", ADAPTER_IO, "folder.resolve() in place.parents", "False", COMMANDS),
+    Mutant(
+        "an adapter under another name", ADAPTER_IO, "part.exists() and place.samefile(part)", "place == part", COMMANDS
+    ),
+    Mutant(
+        "convert overwrites its source",
+        CLI_FILES,
+        "check_overwrites_none(arguments.target,",
+        "filter(arguments.target,",
+        COMMANDS,
+    ),
+    Mutant("another file than the named", ADAPTER_IO, "folder / name if name else new", "new", IO),
+    Mutant(
+        "any ending of PEFT's name",
+        ADAPTER_IO,
+        "path.name in _PEFT_TENSORS and (path",
+        'path.name.startswith("adapter_model.") and (path',
+        IO,
+    ),
+    Mutant(
+        "a head of its own forgotten",
+        MERGE_FILE,
+        "if not is_tied or any(_is_head(key) for key in tensors):",
+        "if not is_tied:",
+        MODEL_FILES,
+    ),
+    Mutant("strict lets a tied head pass", CLI_FILES, "arguments.strict and report.tied", "False", COMMANDS),
+    Mutant("OLoRA in another case", PEFT_CONFIG, "init.lower().startswith", "init.startswith", IO),
+    Mutant("texts for switches", PEFT_CONFIG, "type(value) is not bool", "False", IO),
+    Mutant(
+        "a layer's own layout ignored",
+        OUTSIDE,
+        "return self.fan_in_fan_out if layer.fan_in_fan_out is None else layer.fan_in_fan_out",
+        "return self.fan_in_fan_out",
+        SUMS,
+    ),
+    Mutant("embeddings read as linear", ADAPTER_IO, "kind=config.kind or (", "kind=(", IO),
+    Mutant(
+        "one layout for all layers",
+        STATE_MERGE,
+        "{key for key in square if taken[key]}",
+        "set(square) if any(taken.values()) else set()",
+        SUMS,
+    ),
+    Mutant(
+        "a layout's contradiction ignored",
+        STATE_MERGE,
+        "taken[key] != (key in transposed)",
+        "taken[key] < (key in transposed)",
+        SUMS,
+    ),
+    Mutant("a lost layout not said", FORMATS, "if transposed and not spelling.stores_layout:", "if False:", SPELT),
+    Mutant("a lost dropout not said", FORMATS, "if not spelling.stores_dropout and any(", "if any(() and ", SPELT),
+    Mutant(
+        "one slice left undecided",
+        CLI_FILES,
+        "with_slices_of(base, adapter).with_names",
+        "adapter.with_names",
+        COMMANDS,
+    ),
+    Mutant(
+        "one slice written as linear",
+        FORMATS,
+        'if stored.kind == "linear" and stored.enable_lora is not None:',
+        "if False:",
+        COMMANDS,
+    ),
+    Mutant(
+        "enable_lora for nothing",
+        OUTSIDE,
+        "if not any(layer is not self.layers[path] for path, layer in layers.items()):",
+        "if False:",
+        SPELT,
+    ),
+    Mutant("AdaLoRA as LoRA", FORMATS, 'or any(part.startswith("lora_") for part in parts)', "", SPELT),
+    Mutant("unused alphas ignored", FORMATS, '(".alpha", ".diff", ".diff_b")', '(".diff", ".diff_b")', SPELT),
+    Mutant(
+        "biases keep their old names",
+        OUTSIDE,
+        "if owner in names else key\n            if",
+        "if False else key\n            if",
+        COMMANDS,
+    ),
+    Mutant("owners without a layer not named", STATE_MERGE, "for name in adapter.others]", "for name in ()]", COMMANDS),
+    Mutant("infinities written", STATE_MERGE, "if bool(lost.any()):", "if False:", SUMS),
+    Mutant(
+        "a scaling beyond float32",
+        STATE_MERGE,
+        "if not abs(factor) <= torch.finfo(torch.float32).max:",
+        "if False:",
+        SUMS,
+    ),
+    Mutant(
+        "numbers cast to codes",
+        STATE_MERGE,
+        "not (_is_wide(tensor.dtype) and _is_wide(base[key].dtype))",
+        "False",
+        SUMS,
+    ),
+    Mutant("codes cast to numbers", STATE_MERGE, "or not _is_wide(base.dtype) else dtype", "else dtype", MODEL_FILES),
+    Mutant(
+        "merged as integers",
+        STATE_MERGE,
+        "isinstance(dtype, torch.dtype) and _is_wide(dtype)",
+        "isinstance(dtype, torch.dtype)",
+        SUMS,
+    ),
+    Mutant("files for their owner alone", WHOLE, "file.chmod(mode)", "pass", WRITERS),
+    Mutant(
+        "writers share a name",
+        WHOLE,
+        "unfinished = Path(beside, path.name)",
+        'unfinished = path.with_name(path.name + ".unfinished")',
+        WRITERS,
+    ),
+    Mutant("the current folder replaced", WHOLE, ' or path.samefile(".")', "", WRITERS),
+    Mutant("endings that are misread", ADAPTER_FILE, "if (ending in PICKLES) != (suffix in PICKLES):", "if False:", IO),
+    Mutant("save_adapter ends as a pickle", ADAPTER_FILE, '    check_ending(path, ".safetensors")\n', "", FILES),
+    Mutant("chat templates left out", MERGE_FILE, '*base.glob(f"{_TEMPLATES}/*.jinja")', "", MODEL_FILES),
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import ALPHA, BIASES, TFT, R, add, assert_same_entries, drop, filled, rename
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def adapted(
     """A model of layers with ranks, alphas and dropouts of their own. changes: to the MergedLinear's arguments."""
     options: dict[str, Any] = {"r": R, "lora_alpha": ALPHA, "dtype": dtype, "adapter_dtype": adapter_dtype}
     with_dropout = options | {"lora_dropout": 0.25}
-    merged = options | {"r": 3, "lora_alpha": 1, "lora_dropout": 0.5, "enable_lora": TFT}
+    merged = options | {"r": 3, "lora_alpha": 1, "lora_dropout": 0.5, "enable_lora": TFT, "fan_in_fan_out": True}
     model = nn.ModuleDict(
         {
             "embedding": fused_lora.Embedding(11, 4, **options),
@@ -38,10 +39,10 @@ def adapted(
 
 
 CONFIGS = {
-    "embedding": AdapterConfig(R, ALPHA, 0.0),
-    "block.0": AdapterConfig(R, ALPHA, 0.25),
-    "qkv": AdapterConfig(3, 1, 0.5, TFT),
-    "conv": AdapterConfig(R, ALPHA, 0.25),
+    "embedding": AdapterConfig(R, ALPHA, 0.0, kind="embedding"),
+    "block.0": AdapterConfig(R, ALPHA, 0.25, fan_in_fan_out=False, kind="linear"),
+    "qkv": AdapterConfig(3, 1, 0.5, TFT, fan_in_fan_out=True, kind="merged"),
+    "conv": AdapterConfig(R, ALPHA, 0.25, kind="conv"),
 }
 
 
@@ -103,7 +104,7 @@ def test_an_adapter_file_is_plain_safetensors_and_loads_at_the_root(
 ) -> None:
     source, path = filled(fused_lora.Linear(4, 3, r=2, lora_alpha=8), device), path_type(tmp_path / "a b.safetensors")
     save_adapter(source, path)
-    assert adapter_configs(path) == {"": AdapterConfig(2, 8, 0.0)}
+    assert adapter_configs(path) == {"": AdapterConfig(2, 8, 0.0, fan_in_fan_out=False, kind="linear")}
     assert_same_entries({key: t.to(device) for key, t in load_file(path).items()}, lora_state_dict(source))
     target = filled(fused_lora.Linear(4, 3, r=2), device, seed=2)
     load_adapter(target, path)
@@ -216,6 +217,31 @@ def test_saving_a_model_without_lora_is_an_error_and_writes_nothing(model: nn.Mo
         save_adapter(model, tmp_path / "adapter")
     assert_one_sentence(raised, "model", "LoRA")
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_to_a_pickles_ending_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        save_adapter(adapted("cpu", 1), tmp_path / "adapter.pt")
+    assert_one_sentence(raised, "path", "adapter.pt'", ".safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_configs_are_read_without_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(adapted("cpu", 1), tmp_path / "adapter")
+
+    class HeaderAlone:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._opened = safe_open(*arguments, **options)
+
+        def __enter__(self) -> HeaderAlone:
+            self.metadata = self._opened.__enter__().metadata
+            return self
+
+        def __exit__(self, *exception: Any) -> None:
+            self._opened.__exit__(*exception)
+
+    monkeypatch.setattr("fused_lora.adapter_file.safe_open", HeaderAlone)
+    assert adapter_configs(tmp_path / "adapter") == CONFIGS
 
 
 def test_saving_with_an_unknown_bias_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
@@ -364,6 +390,7 @@ HOSTILE = {
     "a layer that is a list": json.dumps({"": [2, 6.0, 0.0]}),
     "no r": json.dumps({"": {"lora_alpha": ALPHA, "lora_dropout": 0.0}}),
     "one field more": json.dumps({"": GOOD | {"rank": 2}}),
+    "slices of a linear layer": json.dumps({"": GOOD | {"kind": "linear", "enable_lora": TFT}}),
     "deep nesting": "[" * 100_000,
     **{
         f"{field} is {repr(value)[:20]}": json.dumps({"": GOOD | {field: value}})
@@ -372,6 +399,8 @@ HOSTILE = {
             "lora_alpha": ["6", None, [6.0], {}, float("nan"), float("inf"), 10**400],
             "lora_dropout": ["0", None, 1.5, float("nan")],
             "enable_lora": ["yes", [True, "x"]],
+            "fan_in_fan_out": ["true", 1],
+            "kind": ["dense", 1, True],
         }.items()
         for value in values
     },

@@ -38,9 +38,12 @@ from fused_lora.adapter_io import load_state_dict_from_safetensors, read_adapter
 from fused_lora.formats import FORMATS
 from fused_lora.state_merge import merge_lora_into_state_dict
 
-FILES = {"fused_lora": ["linear", "merged"]} | {
+FILES = {"fused_lora": ["linear", "embedding", "merged"]} | {
     format: list(spelling.kinds) for format, spelling in FORMATS.items() if format != "fused_lora"
 }
+
+
+LINEAR_KEYS = {"lora_A.weight": (2, 3), "lora_B.weight": (5, 2)}
 
 
 def written(adapter: Adapter, format: str, folder: Any) -> Path:
@@ -164,6 +167,25 @@ def test_pefts_older_pickle_is_read_as_well(tmp_path: Path) -> None:
     assert_same_adapter(read_adapter(tmp_path / "old"), read_adapter(tmp_path / "new"))
 
 
+def test_the_file_that_is_named_is_read(tmp_path: Path) -> None:
+    folder = written(Adapter({"x": linear(alpha=3.0)}), "peft", tmp_path)
+    other = {f"base_model.model.x.{key}": torch.ones(shape) for key, shape in LINEAR_KEYS.items()}
+    torch.save(other, folder / "adapter_model.bin")
+    save_file(other, folder / "adapter_model.safetensors.bak")
+    new, old, backup = (
+        read_adapter(folder / f"adapter_model.{end}") for end in ("safetensors", "bin", "safetensors.bak")
+    )
+    assert_same_adapter(read_adapter(folder), new)
+    assert_same_adapter(read_adapter(folder / "adapter_config.json"), new)
+    assert not torch.equal(new.layers["x"].lora_A, torch.ones(2, 3))
+    for adapter, scaling in ((old, 1.5), (backup, None)):
+        assert torch.equal(adapter.layers["x"].lora_A, torch.ones(2, 3)) and adapter.layers["x"].scaling == scaling
+    (folder / "adapter_model.safetensors").unlink()
+    for name in ("adapter_model.safetensors", "adapter_model.does_not_exist"):
+        with pytest.raises(FileNotFoundError, match=name):
+            read_adapter(folder / name)
+
+
 def test_a_config_with_the_fewest_fields_is_enough(tmp_path: Path) -> None:
     folder = written(Adapter({"x": linear(r=2, alpha=3.0)}), "peft", tmp_path)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
@@ -224,6 +246,9 @@ def test_peft_loads_what_is_beside_the_adapter(others: Any, bias: str, modules: 
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the base"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights is 'OLoRA', which changes the base"),
+        ({"use_rslora": "false"}, "use_rslora is 'false' in the config; expected true or false"),
+        ({"fan_in_fan_out": "false"}, "fan_in_fan_out is 'false' in the config; expected true or false"),
         ({"r": 3}, r"Layer 'x' has r=3 in its config; expected 2"),
         ({"r": "2"}, r"Layer 'x' has r='2'"),
         ({"rank_pattern": {"x": 5}}, r"Layer 'x' has r=5"),
@@ -231,6 +256,8 @@ def test_peft_loads_what_is_beside_the_adapter(others: Any, bias: str, modules: 
         ({"alpha_pattern": {"(": 5}}, r"alpha_pattern has '\('; expected a regular expression"),
         ({"lora_alpha": None}, "Layer 'x' has lora_alpha=None"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 1e39}, r"lora_alpha is 1e\+39; expected a finite number of float32"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_dropout": 2}, "lora_dropout is 2"),
     ],
 )
@@ -286,7 +313,7 @@ def test_this_packages_own_file_is_read_and_written(tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path / "a.safetensors")
     assert adapter.format == "fused_lora" and set(adapter.others) == {"fc.bias", "qkv.bias", "conv.conv.bias"}
     assert {path: layer.kind for path, layer in adapter.layers.items()} == {
-        "embed": "linear",
+        "embed": "embedding",
         "fc": "linear",
         "qkv": "merged",
         "conv": "conv",
@@ -298,6 +325,38 @@ def test_this_packages_own_file_is_read_and_written(tmp_path: Path) -> None:
     other = ours(2)
     fused_lora.load_adapter(other, tmp_path / "b.safetensors")
     assert_same_entries(fused_lora.lora_state_dict(other, "lora_only"), fused_lora.lora_state_dict(model, "lora_only"))
+
+
+def test_an_own_file_from_before_kinds_were_stored_is_read_as_it_was(tmp_path: Path) -> None:
+    fused_lora.save_adapter(ours(1), tmp_path / "a.safetensors")
+    fields = ("r", "lora_alpha", "lora_dropout", "enable_lora")
+    header = {
+        name: {field: getattr(config, field) for field in fields}
+        for name, config in fused_lora.adapter_configs(tmp_path / "a.safetensors").items()
+    }
+    tensors = load_file(tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "a.safetensors", {"fused_lora": json.dumps(header)})
+    layers = read_adapter(tmp_path / "a.safetensors").layers
+    kinds = {path: (layer.kind, layer.fan_in_fan_out) for path, layer in layers.items()}
+    assert kinds == {
+        "embed": ("linear", None),
+        "fc": ("linear", None),
+        "qkv": ("merged", None),
+        "conv": ("conv", None),
+    }
+
+
+def test_own_files_and_peft_tell_each_other_which_weights_are_in_by_out(tmp_path: Path) -> None:
+    layers = {"a": linear(), "b": linear(), "e": embedding()}
+    for word in (True, False):
+        ours = read_adapter(written(Adapter(layers, fan_in_fan_out=word), "fused_lora", tmp_path))
+        assert {path: layer.fan_in_fan_out for path, layer in ours.layers.items()} == {"a": word, "b": word, "e": None}
+        notes = write_adapter(ours, tmp_path / f"peft-{word}", "peft")
+        assert read_adapter(tmp_path / f"peft-{word}").fan_in_fan_out is word and not notes
+    mixed = layers | {"a": replace(layers["a"], fan_in_fan_out=True)}
+    notes = write_adapter(Adapter(mixed, fan_in_fan_out=False), tmp_path / "mixed", "peft")
+    assert notes == ("peft stores one fan_in_fan_out; the layers have both, and true is stored.",)
+    assert read_adapter(tmp_path / "mixed").fan_in_fan_out is True
 
 
 def test_an_adapter_of_peft_loads_into_this_packages_layers(tmp_path: Path) -> None:
@@ -477,14 +536,7 @@ def test_folders_in_the_way_are_kept(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").write_text("mine")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "killed.unfinished").mkdir()
-    for name, format in (
-        ("full", "peft"),
-        ("full", "loralib"),
-        ("empty", "loralib"),
-        ("file", "peft"),
-        ("killed", "peft"),
-    ):
+    for name, format in (("full", "peft"), ("full", "kohya"), ("empty", "kohya"), ("file", "peft")):
         with pytest.raises(FileExistsError):
             write_adapter(adapter, tmp_path / name, format)
     write_adapter(adapter, tmp_path / "empty", "peft")
@@ -492,6 +544,22 @@ def test_folders_in_the_way_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
     with pytest.raises(OSError):
         write_adapter(adapter, tmp_path / "nowhere" / "a.safetensors", "fused_lora")
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *((f"a{end}", "kohya") for end in (".pt", ".pth", ".bin", ".ckpt")),
+        ("a.pt", "fused_lora"),
+        ("a.safetensors", "loralib"),
+    ],
+)
+def test_an_ending_that_would_be_misread_is_refused(name: str, format: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{name}'; expected it to end in {FORMATS[format].suffix}"):
+        write_adapter(Adapter({"x": linear()}), tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+    write_adapter(Adapter({"x": linear()}), tmp_path / "a.pt", "peft")
+    assert read_adapter(tmp_path / "a.pt").format == "peft"
 
 
 def test_load_state_dict_from_safetensors(tmp_path: Path, device: str) -> None:

@@ -99,11 +99,61 @@ def test_strict_fails_for_what_is_left_over(run: Run, tmp_path: Path) -> None:
     assert merge(run, base, whole, tmp_path / "out", "--strict")[0] == 0
 
 
-def test_merge_never_writes_over_the_adapter(run: Run, tmp_path: Path) -> None:
-    base, lora = single(tmp_path / "base"), saved(tmp_path, Adapter({"fc": linear(5, 3)}), "kohya")
+def test_an_output_head_that_changes_with_the_embeddings_is_said(run: Run, tmp_path: Path) -> None:
+    base = single(tmp_path / "base", {"embed.weight": torch.zeros(11, 4)}).parent
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": True, "vocab_size": 11}))
+    lora, out = saved(tmp_path, Adapter({"embed": embedding(11, 4)})), tmp_path / "out"
+    code, shown, errors = merge(run, base, lora, out, "--strict")
+    assert code == 2 and "ties its output head" in errors and errors.count("\n") == 1 and not out.exists()
+    assert rows(shown)["tied"] == "1: embed.weight; the base has one weight for embeddings and output head"
+    code, again, _ = merge(run, base, lora, out)
+    assert code == 0 and "tied" in rows(again) and out.exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "convert"])
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("a.safetensors", "a.safetensors"),
+        ("a.safetensors", "folder/../a.safetensors"),
+        ("a.safetensors", "hard.safetensors"),
+        ("a.safetensors", "soft.safetensors"),
+        ("soft.safetensors", "a.safetensors"),
+        *(
+            (source, output)
+            for source in ("peft", "peft/adapter_config.json", "peft/adapter_model.safetensors", "linked")
+            for output in ("peft/adapter_model.safetensors", "peft/new", "peft/deep/new", "linked/README.md", "outside")
+        ),
+    ],
+)
+def test_no_command_writes_over_its_source(command: str, source: str, output: str, run: Run, tmp_path: Path) -> None:
+    base, adapter = single(tmp_path / "base"), Adapter({"fc": linear(5, 3)})
+    write_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    write_adapter(adapter, tmp_path / "peft", "peft")
+    (tmp_path / "peft" / "README.md").write_text("mine")
+    for folder in ("folder", "peft/deep"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "hard.safetensors").hardlink_to(tmp_path / "a.safetensors")
+    (tmp_path / "soft.safetensors").symlink_to(tmp_path / "a.safetensors")
+    (tmp_path / "linked").symlink_to(tmp_path / "peft")
+    (tmp_path / "outside").symlink_to(tmp_path / "peft" / "adapter_model.safetensors")
     before = files(tmp_path)
-    code, _, errors = merge(run, base, lora, lora)
-    assert code == 2 and "the adapter itself" in errors and files(tmp_path) == before
+    if command == "merge":
+        code, shown, errors = merge(run, base, tmp_path / source, tmp_path / output)
+    else:
+        code, shown, errors = run("convert", tmp_path / source, tmp_path / output, "--to", "mistral")
+    assert code == 2 and not shown and "expected another" in errors and errors.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+def test_convert_keeps_the_base_and_may_write_beside_it(run: Run, tmp_path: Path) -> None:
+    lora, base = saved(tmp_path, Adapter({"fc": linear(5, 3)}), "kohya"), sharded(tmp_path / "base")
+    before = files(tmp_path)
+    shard = next(base.glob("*.safetensors"))
+    for model in (base, shard):
+        code, _, errors = run("convert", lora, shard, "--to", "mistral", "--base_model_path", model)
+        assert code == 2 and "expected another" in errors and files(tmp_path) == before
+    assert run("convert", lora, base / "adapter", "--to", "peft", "--base_model_path", base)[0] == 0
 
 
 def test_merge_says_that_no_scaling_is_stored(run: Run, tmp_path: Path) -> None:
@@ -224,6 +274,30 @@ def test_convert_needs_what_the_source_does_not_store(run: Run, tmp_path: Path) 
     assert run("convert", loralib, tmp_path / "new", "--to", "peft", *more)[0] == 0
     read = read_adapter(tmp_path / "new")
     assert read.layers["e"].kind == "embedding" and read.layers["qkv"].r == 4
+
+
+def test_convert_needs_a_base_for_one_enabled_slice(run: Run, tmp_path: Path) -> None:
+    lora = saved(tmp_path, Adapter({"qkv": merged(slices=(True, False, False)), "fc": linear(5, 3)}), "loralib")
+    more = ("--to", "peft", "--lora_alpha", 4, "--enable_lora", "1,0,0")
+    code, _, errors = run("convert", lora, tmp_path / "new", *more)
+    assert code == 2 and "may be linear or a MergedLinear" in errors and errors.count("\n") == 1
+    base = single(tmp_path / "base", {"qkv.weight": torch.zeros(9, 4), "fc.weight": torch.zeros(5, 3)})
+    assert run("convert", lora, tmp_path / "new", *more, "--base_model_path", base)[0] == 0
+    B = read_adapter(tmp_path / "new").layers["qkv"].lora_B
+    assert len(B) == 9 and B[:3].all() and not B[3:].any()
+    assert len(read_adapter(tmp_path / "new").layers["fc"].lora_B) == 5
+
+
+def test_convert_renames_what_is_beside_the_layers_too(run: Run, tmp_path: Path) -> None:
+    others = {key: torch.ones(5) for key in ("fc.bias", "norm.bias", "stranger")}
+    base = {f"transformer.{key}": torch.zeros(5) for key in ("fc.bias", "norm.bias")}
+    base |= {"transformer.fc.weight": torch.zeros(5, 3)}
+    lora = saved(tmp_path, Adapter({"fc": linear(5, 3)}, others))
+    named = ("--base_model_path", single(tmp_path / "base", base))
+    assert run("convert", lora, tmp_path / "new", "--to", "peft", *named)[0] == 0
+    renamed = read_adapter(tmp_path / "new")
+    assert set(renamed.layers) == {"transformer.fc"}
+    assert set(renamed.others) == {"transformer.fc.bias", "transformer.norm.bias", "stranger"}
 
 
 def test_inspect(run: Run, tmp_path: Path) -> None:

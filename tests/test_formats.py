@@ -94,8 +94,6 @@ def test_alpha_is_stored_or_the_rank_where_kohya_and_diffusers_say_so() -> None:
     assert stored.layers["x"].scaling == 4 and not stored.others
     assert adapter_from_state_dict(pair("x.lora.down.weight", "x.lora.up.weight")).layers["x"].scaling == 1
     assert adapter_from_state_dict(pair("x.lora_A.weight", "x.lora_B.weight")).layers["x"].scaling is None
-    unused = adapter_from_state_dict(pair(down, up) | {"y.alpha": torch.tensor(8.0)})
-    assert list(unused.others) == ["y.alpha"]
 
 
 def test_mixed_ranks_stay_each_layers_own() -> None:
@@ -140,6 +138,13 @@ A, B = "x.lora_A.weight", "x.lora_B.weight"
         ({A: torch.zeros(2, 3), B: torch.zeros(5, 2), "x.lora_magnitude_vector": torch.zeros(5)}, "is DoRA"),
         ({A: torch.zeros(2, 3), B: torch.zeros(5, 2), "x.dora_scale": torch.zeros(5)}, "is DoRA"),
         ({"x.hada_w1_a": torch.zeros(2, 3)}, "is LoHa"),
+        *(
+            (pair(A, B) | {key: torch.zeros(2)}, f"Entry '{re.escape(key)}' is of no known kind")
+            for key in (
+                *("x.lora_E", "x.lora_A.bias", "x.lora_down.bias", "lora_unet_y.reshape_weight"),
+                *("y.alpha", "x.lora_linear_layer.alpha", "x.lora.alpha", "x.diff", "y.diff_b"),
+            )
+        ),
         ({"x.lokr_w1": torch.zeros(2, 3)}, "is LoKr"),
         ({"x.lora_mid.weight": torch.zeros(2, 2, 3, 3)}, "is a Tucker decomposition"),
         ({A: 3}, "'x.lora_A.weight' is int; expected tensors"),
@@ -165,6 +170,11 @@ A, B = "x.lora_A.weight", "x.lora_B.weight"
 def test_what_is_no_plain_adapter_is_refused(state: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapter_from_state_dict(state)
+
+
+@pytest.mark.parametrize("key", ["x.lora_velora_embed", "x.lora_monteclora_sampler.std_prior", "x.bias", "diff.weight"])
+def test_what_changes_no_adapter_is_let_through(key: str) -> None:
+    assert list(adapter_from_state_dict(pair(A, B) | {key: torch.zeros(2)}).others) == [key]
 
 
 def test_a_merged_linear_is_one_block_diagonal_adapter_elsewhere() -> None:
@@ -200,6 +210,16 @@ def test_notes_say_what_is_lost() -> None:
         assert f"{format} stores no scaling; this adapter's is 1.5." in notes[format]
     for format in ("mistral", "megatron", "kohya", "diffusers", "diffusers-old", "megatron-weights"):
         assert "2 are left out: head.weight, x.bias" in notes[format]
+    transposed = replace(adapter.layers["x"], lora_dropout=0.25), True
+    told = Adapter({"x": transposed[0], "y": linear()}, fan_in_fan_out=transposed[1])
+    for format in FORMATS:
+        said = " ".join(adapter_to_state_dict(told, format)[1])
+        for field, value, holders in (
+            ("lora_dropout", "is 0.0, 0.25", ("peft", "fused_lora", "diffusers", "diffusers-old")),
+            ("fan_in_fan_out", "2 layers have it", ("peft", "fused_lora")),
+        ):
+            assert (f"{format} stores no {field}; this adapter's {value}." in said) is (format not in holders)
+            assert field not in notes[format]
     assert "the dots are lost" in notes["kohya"] and "enable_lora" in notes["loralib"]
     assert not notes["peft"] and not notes["fused_lora"]
     assert {"head.weight", "x.bias"} <= set(adapter_to_state_dict(adapter, "loralib")[0])
@@ -217,6 +237,7 @@ def test_notes_say_what_is_lost() -> None:
         ({"x": conv()}, "loralib", "Layer 'x' is of kind 'conv'"),
         ({"x": conv()}, "mistral", "Layer 'x' is of kind 'conv'"),
         ({"x": merged(slices=None)}, "peft", "Layer 'x': enable_lora is not stored"),
+        ({"x": linear(enable_lora=(True, False))}, "peft", "Layer 'x' may be linear or a MergedLinear"),
         ({"a.b": linear(), "a_b": linear()}, "kohya", "Two entries would be called 'lora_unet_a_b.lora_down.weight'"),
         ({"x": linear(), "y": linear(dtype=torch.float16)}, "mistral", "expected one, as Mistral's files have"),
     ],
@@ -262,12 +283,25 @@ def test_what_a_file_does_not_store_can_be_said() -> None:
     layers = known.layers
     assert [layers[path].lora_alpha for path in ("a.e", "p", "m")] == [3, 8, 3]
     assert layers["m"].enable_lora == TFT and layers["a.e"].kind == "embedding" and layers["p"].kind == "linear"
+    single = Adapter({"e": linear()}).with_enable_lora([1, 0]).with_embeddings(["e"]).layers["e"]
+    assert (single.kind, single.enable_lora) == ("embedding", None)
     with pytest.raises(ValueError, match="'r' is none of the adapter's linear layers"):
         adapter.with_embeddings(["r"])
     with pytest.raises(ValueError, match="Two layers would be called 'q'"):
         adapter.with_names({"m": "q"})
     with pytest.raises(ValueError, match="enable_lora has 1 enabled of 2"):
         adapter.with_enable_lora([True, False])
+    for none_without in (known, Adapter({"q": linear()}), Adapter({"e": embedding()}).with_alpha(3)):
+        with pytest.raises(ValueError, match=r"enable_lora is \[True, False, True\]; expected it where a MergedLinear"):
+            none_without.with_enable_lora(TFT)
+
+
+def test_others_are_renamed_with_their_layers() -> None:
+    others = {key: torch.zeros(1) for key in ("q.bias", "c.conv.bias", "head.weight", "qq.bias", "bias")}
+    renamed = Adapter({path: linear() for path in ("q", "c", "")}, others).with_names({"q": "a.p", "c": "a.c", "": "r"})
+    assert list(renamed.others) == ["a.p.bias", "a.c.conv.bias", "head.weight", "qq.bias", "r.bias"]
+    with pytest.raises(ValueError, match=r"Two other entries would be called 'qq\.bias'"):
+        Adapter({"q": linear()}, others).with_names({"q": "qq"})
 
 
 def test_prefixes_and_flat_names() -> None:

@@ -123,10 +123,60 @@ def test_shards_merge_shard_by_shard(way: str, tmp_path: Path) -> None:
 
 def test_a_folder_with_one_file_is_a_model_too(tmp_path: Path) -> None:
     single(tmp_path / "base", name="model.safetensors")
-    (tmp_path / "base" / "config.json").write_text("{}")
+    described = ("config.json", "qwen.tiktoken", "spiece.spm", "additional_chat_templates/tools.jinja")
+    for name in (*described, "weights.bin", "additional_chat_templates/notes.txt", "other/tools.jinja"):
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_text("{}")
     merge_file(tmp_path / "base", an_adapter(), tmp_path / "out")
-    assert set(files(tmp_path / "out")) == {"model.safetensors", "config.json"}
+    assert set(files(tmp_path / "out")) == {"model.safetensors", *described}
     assert base_tensors(tmp_path / "base").keys() == model().keys()
+
+
+TIED = {"tie_word_embeddings": True, "vocab_size": 11}
+HEAD, ALL = torch.zeros(11, 4), ("m.embed.weight", "lm_head", "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "expected"),
+    [
+        (TIED, {}, ALL),
+        ({"vocab_size": 11, "text_config": {"tie_word_embeddings": True}}, {}, ALL),
+        ({"tie_word_embeddings": True, "text_config": {"vocab_size": 11}}, {}, ALL),
+        (TIED | {"vocab_size": 5}, {}, ("m.fc.weight", "lm_head", "lm_head.weight")),
+        (TIED, {"m.lm_head.weight": HEAD}, ()),
+        (TIED | {"tie_word_embeddings": False}, {}, ()),
+        ({}, {}, ()),
+        (None, {}, ()),
+    ],
+)
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_a_tied_base_cannot_hold_apart_is_named(
+    shards: bool, config: Any, more: Any, expected: Any, tmp_path: Path
+) -> None:
+    tensors = {"m.fc.weight": torch.zeros(5, 3), "m.embed.weight": torch.zeros(11, 4)} | more
+    folder = tmp_path / "base"
+    sharded(folder, tensors) if shards else single(folder, tensors)
+    (folder / "config.json").unlink(missing_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    layers = {"m.fc": linear(5, 3), "m.embed": embedding(11, 4), "lm_head": linear(11, 4)}
+    adapter = Adapter(layers, {"lm_head.weight": HEAD, "m.embed.weight": torch.ones(11, 4)})
+    if more:
+        adapter = adapter.with_names({"lm_head": "m.lm_head"})
+    assert merge_file_report(folder, adapter).tied == expected
+    assert merge_file(folder, adapter, tmp_path / "out").tied == expected
+    saved_whole = Adapter({"m.fc": linear(5, 3)}, {"m.embed.weight": torch.ones(11, 4)})
+    assert ("m.embed.weight" in merge_file_report(folder, saved_whole).tied) == ("m.embed.weight" in expected)
+    assert not merge_file_report(folder, Adapter({"m.fc": linear(5, 3)})).tied or expected[0] == "m.fc.weight"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
+def test_a_config_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    single(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        merge_file(tmp_path / "base", an_adapter(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @examples(40)
@@ -221,6 +271,20 @@ def test_an_interrupted_run_leaves_nothing(kind: str, error: Any, tmp_path: Path
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_is_refused_leaves_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"dtype is {dtype}"):
+        merge_file(single(tmp_path / "base"), an_adapter(), tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_codes_beside_an_adapter_keep_their_dtype(tmp_path: Path) -> None:
+    codes = torch.tensor([0.5, 2, 8]).to(torch.float8_e4m3fn)
+    adapter = Adapter({"fc": linear(5, 3)}, {"quantised": codes})
+    merge_file(single(tmp_path / "base"), adapter, tmp_path / "out", dtype=torch.float32)
+    assert_same({"quantised": load_file(tmp_path / "out")["quantised"]}, {"quantised": codes})
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_cannot_be_merged_leaves_nothing(kind: str, tmp_path: Path) -> None:
     base = single(tmp_path / "base") if kind == "file" else sharded(tmp_path / "base")
@@ -234,7 +298,6 @@ def test_what_cannot_be_merged_leaves_nothing(kind: str, tmp_path: Path) -> None
 def test_the_base_itself_and_folders_in_use_are_kept(tmp_path: Path) -> None:
     base, folder = single(tmp_path / "one"), sharded(tmp_path / "many")
     (tmp_path / "link.safetensors").symlink_to(base)
-    (tmp_path / "killed.unfinished").mkdir()
     before = files(tmp_path)
     for path, out in (
         (base, base),
@@ -245,7 +308,7 @@ def test_the_base_itself_and_folders_in_use_are_kept(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="the base itself"):
             merge_file(path, an_adapter(), out)
-    for path, out in ((base, tmp_path / "many"), (folder, tmp_path / "one"), (folder, tmp_path / "killed")):
+    for path, out in ((base, tmp_path / "many"), (folder, tmp_path / "one")):
         with pytest.raises(FileExistsError):
             merge_file(path, an_adapter(), out)
     with pytest.raises(OSError):
@@ -291,14 +354,23 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         with_header({"x.weight": ENTRY, "y": ENTRY}, b"\0" * 8),
         with_header({"x.weight": ENTRY, "__metadata__": {"a": 3}}, b"\0" * 8),
         with_header({"x.weight": ENTRY, "__metadata__": "text"}, b"\0" * 8),
+        with_header({"x.weight": ENTRY, "__metadata__": []}, b"\0" * 8),
     ],
-    ids=range(27),
+    ids=range(28),
 )
 def test_a_broken_or_hostile_base_is_refused_in_a_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "base.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"base.safetensors' is no whole safetensors file"):
         merge_file(tmp_path / "base.safetensors", Adapter({"x": linear()}), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_metadata_that_are_null_are_none(tmp_path: Path) -> None:
+    """As safetensors itself reads them."""
+    (tmp_path / "base").write_bytes(with_header({"x.weight": ENTRY, "__metadata__": None}, b"\0" * 8))
+    assert list(load_file(tmp_path / "base")) == ["x.weight"]
+    with TensorReader(tmp_path / "base") as reader:
+        assert reader.metadata == {} and list(reader.tensors) == ["x.weight"]
 
 
 @pytest.mark.parametrize("way", ["read", "copy"])

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 import fused_lora
 from fused_lora.adapter import Adapter
 from fused_lora.adapter_io import read_adapter
-from fused_lora.formats import FORMATS, adapter_to_state_dict
-from fused_lora.state_merge import base_names, merge_lora_into_state_dict, merge_report
+from fused_lora.formats import FORMATS, adapter_from_state_dict, adapter_to_state_dict
+from fused_lora.state_merge import base_names, merge_lora_into_state_dict, merge_report, with_slices_of
 
 
 def lora(
@@ -357,6 +357,68 @@ def test_this_packages_layers_merge_to_the_same_bits(tmp_path: Path) -> None:
     assert torch.allclose(merged_state["qkv.weight"], ours_merged["qkv.weight"], rtol=0, atol=1e-5)
 
 
+ONE_SLICE = (False, True, False)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_one_enabled_slice_is_told_by_the_bases_shape(fan_in_fan_out: bool) -> None:
+    options = {"r": 2, "lora_alpha": 6, "fan_in_fan_out": fan_in_fan_out}
+    model = nn.ModuleDict(
+        {
+            "qkv": loralib.MergedLinear(4, 18, enable_lora=list(ONE_SLICE), **options),
+            "fc": loralib.Linear(4, 6, **options),
+        }
+    )
+    filled(model, "cpu").double()
+    base = {key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_" not in key}
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_" in key}
+    model.eval()
+    merged_state = merge_lora_into_state_dict(base, state, 3.0, dtype=None, enable_lora=ONE_SLICE)
+    for key in base:
+        assert torch.allclose(merged_state[key], model.state_dict()[key], rtol=0, atol=1e-12), key
+    decided = with_slices_of(base, adapter_from_state_dict(state).with_enable_lora(ONE_SLICE)).layers
+    assert [(decided[path].kind, decided[path].enable_lora) for path in ("qkv", "fc")] == [
+        ("merged", ONE_SLICE),
+        ("linear", None),
+    ]
+    with pytest.raises(ValueError, match=r"enable_lora is \[False, True, False\]; expected a layer with a slice"):
+        merge_report(
+            {"fc.weight": base["fc.weight"]}, {k: t for k, t in state.items() if "fc" in k}, enable_lora=ONE_SLICE
+        )
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_own_files_say_how_square_weights_are_stored(fan_in_fan_out: bool, tmp_path: Path) -> None:
+    options = {"r": 2, "lora_alpha": 6, "fan_in_fan_out": fan_in_fan_out}
+    layers = {
+        "e": fused_lora.Embedding(11, 4, r=2, lora_alpha=6),
+        "square": fused_lora.Linear(4, 4, **options),
+        "qkv": fused_lora.MergedLinear(6, 6, enable_lora=list(TFT), **options),
+        "other": fused_lora.Linear(4, 4, r=2, fan_in_fan_out=not fan_in_fan_out),
+        "square_e": fused_lora.Embedding(4, 4, r=2),
+    }
+    model = filled(nn.ModuleDict(layers), "cpu")
+    fused_lora.save_adapter(model, tmp_path / "a.safetensors")
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    base = {key: tensor for key, tensor in model.state_dict().items() if "lora_" not in key}
+    report = merge_report(base, adapter)
+    assert not report.square and ("square.weight" in report.transposed) is fan_in_fan_out
+    merged_state = merge_lora_into_state_dict(base, adapter, dtype=None)
+    for key, tensor in fused_lora.merged_state_dict(model).items():
+        assert torch.allclose(merged_state[key], tensor, rtol=0, atol=1e-5), key
+    # An argument is a word on the base that is merged into, and comes first.
+    turned = merge_report(base, adapter, fan_in_fan_out=not fan_in_fan_out).transposed
+    assert ("square.weight" in turned) is not fan_in_fan_out
+
+
+def test_own_files_and_shapes_that_contradict_each_other_are_refused() -> None:
+    layers = {name: linear(*sizes, fan_in_fan_out=True) for name, sizes in (("a", (3, 3)), ("b", (5, 3)))}
+    base = {"a.weight": torch.zeros(3, 3), "b.weight": torch.zeros(3, 5)}
+    assert merge_report(base, Adapter(layers)).transposed == {"a.weight", "b.weight"}
+    with pytest.raises(ValueError, match=r"'a.weight' is square and would be taken as \(in, out\), but 'b.weight'"):
+        merge_report(base | {"b.weight": torch.zeros(5, 3)}, Adapter(layers))
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 1), (5, 3, 1, 1)])
 @pytest.mark.parametrize("taps", [(), (1,), (1, 1)])
 def test_a_convolution_of_one_tap_and_a_linear_layer_are_one(shape: tuple[int, ...], taps: tuple[int, ...]) -> None:
@@ -444,9 +506,53 @@ def test_a_report_needs_no_memory() -> None:
     assert merge_report(base, state).merged == {"x.weight": "x"}
 
 
-def test_an_alpha_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="scaling is nan"):
-        merge_lora_into_state_dict(base_of(5, 3), lora(), float("nan"))
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -1e39])
+def test_an_alpha_that_is_no_number_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match=rf"'x.weight': scaling is {re.escape(str(alpha))}; expected a finite number"):
+        merge_lora_into_state_dict(base_of(5, 3), lora(), alpha)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_result_that_is_not_finite_is_refused(factor: float) -> None:
+    base = base_of(5, 3, dtype=torch.float16) | {"x.bias": torch.zeros(5, dtype=torch.float16)}
+    broken = lora()
+    broken["x.lora_A.weight"] = torch.ones(2, 3)
+    broken["x.lora_A.weight"][0, 1] = factor
+    broken["x.lora_B.weight"] = torch.eye(5, 2)
+    with pytest.raises(ValueError, match=r"'x.weight' has \d+ elements that are not finite as torch.float16"):
+        merge_lora_into_state_dict(base, broken, dtype=None)
+    with pytest.raises(ValueError, match=r"'x.bias' has 5 elements that are not finite as torch.float16"):
+        merge_lora_into_state_dict(base, lora() | {"x.bias": torch.full((5,), factor)}, dtype=None)
+    # What the base has itself is its own.
+    base["x.weight"][0] = float("nan")
+    base["x.bias"][0] = float("inf")
+    own = lora() | {"x.bias": torch.tensor([float("-inf"), 1.0, 1.0, 1.0, 1.0])}
+    merged_state = merge_lora_into_state_dict(base, own, dtype=None)
+    assert merged_state["x.weight"][0].isnan().all() and merged_state["x.bias"][0] == float("-inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "bfloat16"])
+def test_results_are_floating_point_of_16_bits_or_more(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=f"dtype is {dtype!r}; expected a floating-point dtype of 16 bits or more"):
+        merge_lora_into_state_dict(base_of(5, 3), lora(), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.complex64])
+def test_whole_numbers_and_codes_are_replaced_by_their_like_alone(dtype: torch.dtype) -> None:
+    base = base_of(5, 3) | {"h": torch.zeros(2, dtype=dtype)}
+    with pytest.raises(ValueError, match=f"'h' is torch.float32 and the base's {dtype}; expected the same"):
+        merge_lora_into_state_dict(base, lora() | {"h": torch.full((2,), 0.7)})
+    codes = torch.tensor([0, 3]).to(dtype)
+    merged_state = merge_lora_into_state_dict(base, lora() | {"h": codes}, dtype=torch.bfloat16)
+    assert merged_state["h"].dtype == dtype and torch.equal(
+        *(t.to(torch.complex64) for t in (merged_state["h"], codes))
+    )
+
+
+def test_a_merge_of_shapes_alone_stays_one() -> None:
+    state = {key: tensor.to("meta") for key, tensor in lora().items()}
+    merged_state = merge_lora_into_state_dict({"x.weight": torch.empty(5, 3, device="meta")}, state, device="meta")
+    assert merged_state["x.weight"].is_meta and merged_state["x.weight"].dtype == torch.bfloat16
 
 
 def test_a_trained_base_gets_no_gradient_and_gives_none() -> None:
