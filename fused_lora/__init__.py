@@ -7,6 +7,7 @@ from .adapter_io import load_state_dict_from_safetensors, read_adapter, write_ad
 from .convert import Replaced, convert, unconvert
 from .dispatch import Choice, batch_invariant, count_paths, use_backend
 from .explanation import explain
+from .flop_counts import flop_formulas
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, LoRALayer, MergedLinear
 from .merge_file import merge_file
 from .state import lora_state_dict, mark_only_lora_as_trainable, merged_state_dict
@@ -39,6 +40,7 @@ __all__ = [
     "convert",
     "count_paths",
     "explain",
+    "flop_formulas",
     "functional",
     "load_adapter",
     "load_state_dict_from_safetensors",

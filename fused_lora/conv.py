@@ -53,10 +53,10 @@ class ConvLoRA(MergingLayer):
         nn.Module.__init__(self)
         self.conv = conv_module(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
         self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
+        if self.r > 0:
             first, *others = self.conv.kernel_size
-            rows = out_channels // self.conv.groups * first
-            self._init_adapter((r * first, in_channels * math.prod(others)), (rows, r * first), adapter_dtype)
+            rows, ranks = out_channels // self.conv.groups * first, self.r * first
+            self._init_adapter((ranks, in_channels * math.prod(others)), (rows, ranks), adapter_dtype)
         self.reset_parameters()
 
     def _owner(self) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,8 @@ class Embedding(MergingLayer, nn.Embedding):
     sparse: the weight's gradient is sparse, if it is trained; lora_A's is dense, as (r, num_embeddings) must be.
     adapter_dtype: dtype of lora_A and lora_B; None is the base's. float32 beside a half-precision base is supported.
 
-    The interface is loralib's. Raises ValueError for a negative r or a lora_alpha that is not finite, and what
-    nn.Embedding raises.
+    The interface is loralib's. Raises ValueError for an r that is not an integer of 0 or more or a lora_alpha that is
+    not a finite number, and what nn.Embedding raises.
     """
 
     def __init__(
@@ -59,9 +61,17 @@ class Embedding(MergingLayer, nn.Embedding):
             dtype=dtype,
         )
         self._init_lora(r, lora_alpha, 0.0, merge_weights)
-        if r > 0:
-            self._init_adapter((r, num_embeddings), (embedding_dim, r), adapter_dtype)
+        if self.r > 0:
+            self._init_adapter((self.r, num_embeddings), (embedding_dim, self.r), adapter_dtype)
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises NotImplementedError: nn.Embedding's has no r, and the constructor would draw over the given weight."""
+        raise NotImplementedError(
+            f"from_pretrained was called of a LoRA {cls.__name__}; expected its constructor, which has r, and "
+            'load_state_dict({"weight": embeddings}).'
+        )
 
     def reset_parameters(self) -> None:
         """Draws weight and lora_B anew from torch's default generator, in loralib's order; lora_A is zero."""

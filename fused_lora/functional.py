@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import embedding_op, linear_op, repeat, weight_op
+from .base import as_number
 from .dispatch import BATCH_INVARIANT, autocasts, requested_backend
 from .ops import differentiates
 
@@ -65,19 +66,19 @@ def lora_linear(
             return again(*given, _seed_tensor(seed, x.device)) if drops else again(*given)
     if fan_in_fan_out and weight.dim() == 2:
         weight = weight.T
-    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, enable_lora)
+    slices = [bool(enabled) for enabled in enable_lora]
+    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, row_offset, column_offset, slices)
     if lora_A.shape[0] == 0:
         if backend != BATCH_INVARIANT:
             return F.linear(x, weight, bias)
         # Whatever columns and slices are named, there is no adapter to be read.
-        lora_B, enable_lora = weight.new_empty(weight.shape[0], 0, dtype=lora_A.dtype), (True,)
+        lora_B, enable_lora, slices = weight.new_empty(weight.shape[0], 0, dtype=lora_A.dtype), (True,), [True]
     if not training:
         dropout_p = 0.0
     elif dropout_p == 1.0:
         # As nn.Dropout(1): the term is zero and so are its gradients, instead of missing ones.
         scaling, dropout_p = 0.0, 0.0
     rest = float(scaling), float(dropout_p), row_offset, column_offset, backend
-    slices = [bool(enabled) for enabled in enable_lora]
     drawn = None if dropout_p == 0 else _seed_tensor(seed, x.device)
     if key is None or not trains:
         y = linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest)
@@ -212,6 +213,8 @@ def _check(
 ) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; expected a floating-point dtype.")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x has layout {x.layout}; expected a strided tensor.")
     if x.dim() == 0:
         raise ValueError("x has no dimensions; expected (..., in_features).")
     if weight.dim() != 2:
@@ -243,6 +246,10 @@ def _check(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1].")
     _check_scaling(scaling)
+    if type(row_offset) is not int or type(column_offset) is not int:
+        for name, offset in (("row_offset", row_offset), ("column_offset", column_offset)):
+            if not isinstance(offset, int | torch.SymInt):
+                raise TypeError(f"{name} is {offset!r}; expected an int.")
     if row_offset < 0:
         raise ValueError(f"row_offset is {row_offset}; expected 0 or more.")
     if not 0 <= column_offset <= _MOST_COLUMNS - in_features:
@@ -289,6 +296,11 @@ def _raise_elsewhere(beside: str, device: torch.device, **tensors: Tensor | None
 
 
 def _check_scaling(scaling: float) -> None:
+    number = scaling
+    if type(scaling) is not float:
+        if isinstance(scaling, Tensor) and scaling.requires_grad:
+            raise TypeError("scaling is a Tensor that requires a gradient; expected a number.")
+        number = as_number(scaling)
     # Of a scaling that varies, dynamo can trace comparisons, but not math.isfinite.
-    if not -math.inf < scaling < math.inf:
-        raise ValueError(f"scaling is {scaling}; expected a finite number.")
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"scaling is {scaling!r}; expected a finite number.")

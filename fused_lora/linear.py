@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class _SlicedLinear(MergingLayer, nn.Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._init_lora(r, lora_alpha, lora_dropout, merge_weights)
+        if not isinstance(enable_lora, Iterable):
+            raise ValueError(f"enable_lora is {enable_lora!r}; expected one bool for each slice.")
         self._slices = tuple(bool(enabled) for enabled in enable_lora)
         if not self._slices or out_features % len(self._slices) != 0:
             raise ValueError(
@@ -45,9 +47,9 @@ class _SlicedLinear(MergingLayer, nn.Linear):
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T
         enabled = sum(self._slices)
-        if r > 0 and enabled > 0:
+        if self.r > 0 and enabled > 0:
             rows = out_features // len(self._slices) * enabled
-            self._init_adapter((r * enabled, in_features), (rows, r), adapter_dtype)
+            self._init_adapter((self.r * enabled, in_features), (rows, self.r), adapter_dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -110,8 +112,8 @@ class Linear(_SlicedLinear):
         `MergingLayer`.
     adapter_dtype: dtype of lora_A and lora_B; None is the base's. float32 beside a half-precision base is supported.
 
-    The interface is loralib's (github.com/microsoft/LoRA). Raises ValueError for a negative r, a lora_dropout outside
-    [0, 1] or a lora_alpha that is not finite.
+    The interface is loralib's (github.com/microsoft/LoRA). Raises ValueError for an r that is not an integer of 0 or
+    more, a lora_dropout outside [0, 1] or a lora_alpha that is not a finite number.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .base import LoRALayer
+from .base import LoRALayer, as_number
 
 _Self = TypeVar("_Self", bound="MergingLayer")
 _BASE, _MERGED = "The base weight", "weight"
@@ -30,7 +30,7 @@ class _Source:
 class _Kept:
     """What a merged layer keeps: the base, the parameter made for its place, and what that was made of.
 
-    sources: what must not change while merged, that parameter among it.
+    sources: what must not change while merged, that parameter among it. grad: the base's when it was merged.
     """
 
     base: nn.Parameter
@@ -38,6 +38,11 @@ class _Kept:
     requires_grad: bool
     scaling: float
     sources: tuple[_Source, ...]
+    grad: Tensor | None = None
+
+    def changed(self, name: str) -> bool:
+        """Whether the source of that name has changed since."""
+        return any(source.name == name and source.tensor._version != source.version for source in self.sources)
 
     # A copy's tensors count from elsewhere, but the copy has missed the same changes.
     def __getstate__(self) -> tuple[Any, ...]:
@@ -47,6 +52,8 @@ class _Kept:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.base, self.merged, self.requires_grad, self.scaling, missed = state
         self.sources = tuple(_Source(name, t, t._version - n) for name, t, n in missed if not t.is_inference())
+        # Copies of parameters have none.
+        self.grad = None
 
 
 class MergingLayer(nn.Module, LoRALayer):
@@ -62,7 +69,10 @@ class MergingLayer(nn.Module, LoRALayer):
     replaced, or the scaling was. Until then its forward raises RuntimeError, as it does where its weight was replaced
     or written; a base that changed, which others may share, it merges anew by itself. This costs a comparison of
     version counters and has their limits: compiled code and graph replays do not look, and torch counts neither what is
-    done through .data nor changes of inference tensors, after which train() and eval() merge.
+    done through .data nor changes of inference tensors, after which train() and eval() merge. What was written to a
+    merged weight, or put in its place, is dropped by the next train() or merge, with a warning.
+
+    The merged parameter shares the base's gradient: what clears or fills it while merged does so for the base.
 
     merged_base_device: where the base is kept while merged; None leaves it where it is, at the cost of a second weight
         there. With a device, the base parameter's storage is moved: not for a weight that other modules share.
@@ -75,8 +85,8 @@ class MergingLayer(nn.Module, LoRALayer):
 
     def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha is {lora_alpha}; expected a finite number.")
+        if not math.isfinite(as_number(lora_alpha)):
+            raise ValueError(f"lora_alpha is {lora_alpha!r}; expected a finite number.")
         self._kept: _Kept | None = None
         self._merged_before_loading: _Kept | None = None
         self.register_state_dict_post_hook(_save_base)
@@ -150,26 +160,36 @@ class MergingLayer(nn.Module, LoRALayer):
         """before: of an earlier merge, whose parameter is written if it is as a new one would be."""
         if self._has_adapter:
             owner = self._owner()
-            for name, of in (("weight", owner), ("lora_A", self), ("lora_B", self)):
-                # FSDP's use_orig_params leaves views of its flat parameter there, into which it would write the merge.
-                if name not in of._parameters or getattr(of._parameters[name], "_fsdp_flattened", False):
-                    raise RuntimeError(
-                        f"{name} is parametrized or sharded; expected a parameter of the layer's own, to be merged and "
-                        "watched, or a layer with merge_weights=False."
-                    )
+            self._refuse_parametrized(to_merge=True)
             base, weight = self.base_weight, self.merged_weight()
             merged = nn.Parameter(weight, requires_grad=base.requires_grad)
             if before is not None and _alike(before.merged, merged):
                 merged = before.merged
                 merged.copy_(weight)
                 merged.requires_grad = base.requires_grad
+            merged.grad = base.grad
             owner.weight = merged
             if self.merged_base_device is not None:
                 base.data = base.data.to(self.merged_base_device)
             sources = (("lora_A", self.lora_A), ("lora_B", self.lora_B), (_BASE, base), (_MERGED, merged))
             counted = tuple(_Source(name, t, t._version) for name, t in sources if not t.is_inference())
-            self._kept = _Kept(base, merged, base.requires_grad, self.scaling, counted)
+            # A number: a Tensor that was changed in place would equal itself.
+            self._kept = _Kept(base, merged, base.requires_grad, float(self.scaling), counted, base.grad)
         self.merged = True
+
+    def _refuse_parametrized(self, *, to_merge: bool) -> None:
+        """Raises RuntimeError for a weight, lora_A or lora_B that is no parameter of the layer's own.
+
+        to_merge: also for views of FSDP's flat parameter, which may be read. Its use_orig_params leaves them there, and
+        it would write the merge into that.
+        """
+        for name, of in (("weight", self._owner()), ("lora_A", self), ("lora_B", self)):
+            parameter = of._parameters.get(name)
+            if parameter is None or (to_merge and getattr(parameter, "_fsdp_flattened", False)):
+                raise RuntimeError(
+                    f"{name} is parametrized or sharded; expected a parameter of the layer's own, to be merged and "
+                    "watched, or a layer with merge_weights=False."
+                )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -177,10 +197,25 @@ class MergingLayer(nn.Module, LoRALayer):
         before = self._kept
         if before is not None:
             owner, base = self._owner(), before.base
-            if base.device != owner.weight.device:
-                base.data = base.data.to(owner.weight.device)
-            if owner.weight.requires_grad != before.requires_grad:
-                base.requires_grad = owner.weight.requires_grad
+            if "weight" not in owner._parameters:
+                raise RuntimeError(
+                    "weight was parametrized or pruned while the layer is merged; expected train() before that."
+                )
+            weight = owner.weight
+            if weight is not base and (weight is not before.merged or before.changed(_MERGED)):
+                warnings.warn(
+                    "weight was replaced or written while the layer was merged, and what was put there is dropped; "
+                    "call train() before that, which puts the base weight in place.",
+                    stacklevel=5,
+                )
+            if base.device != weight.device:
+                base.data = base.data.to(weight.device)
+            if weight.requires_grad != before.requires_grad:
+                base.requires_grad = weight.requires_grad
+            if base.grad is before.grad:
+                base.grad = before.merged.grad
+            # Shared no longer: torch.utils.swap_tensors refuses what has two owners.
+            before.merged.grad = None
             owner.weight, self._kept = base, None
         self.merged = False
         return before
@@ -203,7 +238,7 @@ class MergingLayer(nn.Module, LoRALayer):
         if torch.compiler.is_compiling() or kept is None:
             return
         weight = self._owner()._parameters.get("weight")
-        if weight is not kept.merged and _is_anothers(weight, kept.base):
+        if weight is not kept.merged and _is_anothers(weight, kept):
             self._follow(_MERGED, kept.merged)
         if kept.scaling != self.scaling:
             self._follow("scaling", kept.merged)
@@ -215,8 +250,8 @@ class MergingLayer(nn.Module, LoRALayer):
             return
         if self.lora_A.requires_grad or self.lora_B.requires_grad or self._owner().weight.requires_grad:
             warnings.warn(
-                "A merged fused_lora layer (eval mode) gives lora_A, lora_B and the base weight no gradient; call "
-                "train(), build it with merge_weights=False, or evaluate under torch.no_grad().",
+                "A merged fused_lora layer (eval mode) gives lora_A and lora_B no gradient, and the base weight's to "
+                "the merged one; call train(), build it with merge_weights=False, or evaluate under torch.no_grad().",
                 stacklevel=5,
             )
 
@@ -226,7 +261,7 @@ class MergingLayer(nn.Module, LoRALayer):
                 "weight was replaced or written while the layer is merged, and may lack the adapter; expected train() "
                 "before that, which puts the base weight in place."
             )
-        captured = merged.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = _captured(merged)
         if changed != _BASE or captured:
             raise RuntimeError(
                 f"{changed} was changed while the layer is merged, and its weight has not taken the change; expected "
@@ -278,16 +313,29 @@ def _merge_again(module: nn.Module, incompatible_keys: Any) -> None:
         module._merge(before)
 
 
-def _is_anothers(weight: Tensor | None, base: Tensor) -> bool:
+def _is_anothers(weight: Tensor | None, kept: _Kept) -> bool:
     """Whether a weight that is not the merged parameter was put there as the base, rather than made of the merged one.
 
-    As a functional call's may be, or a replica's. None is a parametrization's.
+    As a functional call's may be, or a replica's. None is a parametrization's, or a replica's of torch's DataParallel.
+    A copy of the base is known by its values, where they may be read.
     """
     if isinstance(weight, nn.Parameter):
         return True
     if type(weight) is not Tensor or torch._C._are_functorch_transforms_active():
         return False
-    return weight.numel() > 0 and weight.device.type != "meta" and weight.data_ptr() == base.data_ptr()
+    if weight.numel() == 0 or weight.device.type == "meta":
+        return False
+    if weight.data_ptr() == kept.base.data_ptr():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or _captured(weight):
+        return False
+    base, merged = (t.detach().to(weight) for t in (kept.base, kept.merged))
+    return torch.equal(weight, base) and not torch.equal(weight, merged)
+
+
+def _captured(tensor: Tensor) -> bool:
+    """Whether what is done with it now becomes a CUDA graph's."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -60,12 +60,17 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Every LoRA layer's weight holds its adapter, as if merged; there are no lora_* entries; a convolution's weight and
     bias have the names that a plain convolution gives them. The model itself is not changed; the merged weights are
     new tensors, all others are the model's own.
+
+    Raises RuntimeError for a layer whose weight, lora_A or lora_B is parametrized, pruned or in FSDP's flat parameter.
     """
     layers = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, MergingLayer)
     }
+    for layer in layers.values():
+        if layer._has_adapter:
+            layer._refuse_parametrized(to_merge=False)
     merged: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
         owner, _, leaf = key.rpartition(".")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .base import as_count, dropout_probability
 from .conv import ConvLoRA
 from .embedding import Embedding
 from .linear import Linear, MergedLinear
@@ -163,8 +164,7 @@ def summary(model: nn.Module, tokens: int) -> Summary:
     A layer that is called several times in a step is counted once, and layers without an adapter are not. Raises
     ValueError if model has no LoRA layer or tokens is not an integer of 0 or more.
     """
-    if not isinstance(tokens, int) or tokens < 0:
-        raise ValueError(f"tokens is {tokens}; expected an integer of 0 or more.")
+    tokens = as_count("tokens", tokens)
     layers = tuple(
         _layer(name, module, tokens)
         for name, module in model.named_modules()
@@ -210,7 +210,7 @@ def _linear(layer: Linear | MergedLinear, M: int) -> _Costs:
     x, y, weight, panel = M * K * item, M * N * item, _bytes(layer.weight), M * R * item
     A, B = _bytes(layer.lora_A), _bytes(layer.lora_B)
     # With a probability of 1 there is no mask: the whole term is off.
-    mask = M * math.ceil(K / 8) if 0 < _dropout_p(layer) < 1 else 0
+    mask = M * math.ceil(K / 8) if 0 < dropout_probability(layer.lora_dropout) < 1 else 0
     base_forward = Cost(2 * M * N * K, x + weight + _bytes(layer.bias) + y)
     base_backward = Cost(2 * M * N * K, y + weight + x)
     to_panel, from_panel = 2 * M * R * K, 2 * M * E * r
@@ -255,7 +255,7 @@ def _convolution(layer: ConvLoRA, M: int) -> _Costs:
     lora_forward = Cost(product, weight + A + B + weight)
     # The made weight's gradient, from which lora_A's and lora_B's are.
     gradient = Cost(convolution + 2 * product, x + y + weight + 2 * (weight + A + B))
-    if _dropout_p(layer) == 0:
+    if dropout_probability(layer.lora_dropout) == 0:
         return base_forward, base_backward, lora_forward, gradient, x + weight
     dropping = Cost(0, x + x + elements)
     second = Cost(convolution, x + weight + y)
@@ -266,10 +266,6 @@ def _convolution(layer: ConvLoRA, M: int) -> _Costs:
         gradient + second + dropping + Cost(0, 3 * x),
         x + weight + x + elements,
     )
-
-
-def _dropout_p(layer: Linear | MergedLinear | ConvLoRA) -> float:
-    return layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .base import as_count, dropout_probability
 from .conv import ConvLoRA
 from .embedding import Embedding
-from .functional import lora_linear
 from .linear import Linear, MergedLinear
 from .merge import MergingLayer
+
+_TENSORS = ("weight", "bias", "lora_A", "lora_B")
 
 
 def warmup(model: nn.Module, tokens: int | Sequence[int], *, dtype: torch.dtype | None = None) -> int:
@@ -24,11 +26,11 @@ def warmup(model: nn.Module, tokens: int | Sequence[int], *, dtype: torch.dtype 
     Nothing of the model changes: no parameter, gradient, buffer, hook, mode or random number. Merged layers and those
     without adapters have no kernels. The inputs and outputs of one layer at a time take their memory.
 
-    Raises ValueError for a number of tokens below 1, or if model has no LoRA layer with an adapter.
+    Raises ValueError for what is no number of tokens of at least 1, or if model has no LoRA layer with an adapter.
     """
-    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    if not counts or min(counts) < 1:
-        raise ValueError(f"tokens is {tokens}; expected one or more numbers of at least 1.")
+    counts = [as_count("tokens", count, 1) for count in (tokens if isinstance(tokens, Iterable) else (tokens,))]
+    if not counts:
+        raise ValueError(f"tokens is {tokens!r}; expected one or more integers.")
     layers = [m for m in model.modules() if isinstance(m, MergingLayer) and m._has_adapter]
     if not layers:
         raise ValueError("model has no LoRA layer with an adapter; expected at least one.")
@@ -37,8 +39,7 @@ def warmup(model: nn.Module, tokens: int | Sequence[int], *, dtype: torch.dtype 
     with torch.random.fork_rng([device.index for device in devices]), torch.enable_grad():
         for layer in kinds.values():
             for rows in counts:
-                for run in _runs(layer, rows, dtype):
-                    _forward_and_backward(layer, run)
+                _run(layer, rows, dtype)
     return len(kinds)
 
 
@@ -46,44 +47,45 @@ def _kind(layer: MergingLayer) -> tuple[object, ...]:
     tensors = dict(layer.named_parameters())
     shapes = tuple((name, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
     slices = tuple(getattr(layer, "enable_lora", ()))
-    return type(layer), shapes, slices, getattr(layer.lora_dropout, "p", 0.0)
+    return type(layer), shapes, slices, dropout_probability(layer.lora_dropout)
 
 
-def _runs(layer: MergingLayer, rows: int, dtype: torch.dtype | None) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
-    """Calls that return the layer's output and, after it, inputs that want a gradient."""
-    weight = layer.base_weight
-    if isinstance(layer, ConvLoRA):
-        yield lambda: (layer._with_adapter(weight),)
-    elif isinstance(layer, Embedding):
-        indices = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        yield lambda: (layer.forward(indices),)
-    elif isinstance(layer, Linear | MergedLinear):
-        dropout_p = layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
-        for p in {0.0, dropout_p}:
+def _run(layer: MergingLayer, rows: int, dtype: torch.dtype | None) -> None:
+    like = _stand_in(layer)
+    if isinstance(like, ConvLoRA):
+        # ConvLoRA's own `weight` is conv's.
+        _backward(like._with_adapter(like.__dict__["weight"]), None, like)
+    elif isinstance(like, Embedding):
+        # What has no rows is not looked up.
+        indices = torch.zeros(rows if like.num_embeddings else 0, dtype=torch.int64, device=like.weight.device)
+        _backward(like.forward(indices), None, like)
+    elif isinstance(like, Linear | MergedLinear):
+        for p in {0.0, dropout_probability(layer.lora_dropout)}:
+            like.__dict__["lora_dropout"] = nn.Dropout(p)
             for wants_dx in (True, False):
-                x = torch.zeros(rows, layer.in_features, dtype=dtype or weight.dtype, device=weight.device)
+                x = torch.zeros(rows, like.in_features, dtype=dtype or like.weight.dtype, device=like.weight.device)
                 x.requires_grad_(wants_dx)
-                yield lambda x=x, p=p: (_linear(layer, x, p), x)  # type: ignore[misc]
-        yield torch.no_grad()(lambda: (_linear(layer, x.detach(), 0.0),))
+                _backward(like.forward(x), x, like)
+        like.__dict__["lora_dropout"] = nn.Identity()
+        with torch.no_grad():
+            like.forward(x)
 
 
-def _linear(layer: Linear | MergedLinear, x: Tensor, dropout_p: float) -> Tensor:
-    return lora_linear(
-        x,
-        layer.weight,
-        layer.lora_A,
-        layer.lora_B,
-        bias=layer.bias,
-        scaling=layer.scaling,
-        dropout_p=dropout_p,
-        training=dropout_p > 0,
-        fan_in_fan_out=layer.fan_in_fan_out,
-        enable_lora=layer._slices,
-    )
+def _stand_in(layer: MergingLayer) -> MergingLayer:
+    """What computes as the layer does, over the same memory, but with tensors of its own: whose hooks are not run."""
+    kind = next(kind for kind in (Linear, MergedLinear, Embedding, ConvLoRA) if isinstance(layer, kind))
+    like: MergingLayer = kind.__new__(kind)
+    # Found before the parameters and modules, which are the layer's. A lookup would renormalise the weight.
+    tensors = {name: _detached(getattr(layer, name, None)) for name in _TENSORS}
+    like.__dict__ = {**layer.__dict__, **tensors, "max_norm": None}
+    return like
 
 
-def _forward_and_backward(layer: MergingLayer, run: Callable[[], tuple[Tensor, ...]]) -> None:
-    y, *inputs = run()
-    wanted = [t for t in (*inputs, *layer.parameters()) if t.requires_grad]
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _backward(y: Tensor, x: Tensor | None, like: MergingLayer) -> None:
+    wanted = [t for t in (x, *map(like.__dict__.get, _TENSORS)) if t is not None and t.requires_grad]
     if y.requires_grad and wanted:
         torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)

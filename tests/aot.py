@@ -140,8 +140,6 @@ TIGHT = [
 # A layer's forward in one launch, with every tile of the tables and whatever else makes another kernel.
 DECODED = [
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (1, 32, 64, 128, 256, 512, 2048) for n in WIDTHS),
-    # Two programs on a multiprocessor.
-    *(Case("bfloat16", "bfloat16", r, shape=(m, 4096, 2048)) for m in (512, 640) for r in (16, 64)),
     # Rows that do not fill their tiles.
     *(Case("bfloat16", "bfloat16", 16, shape=(m, 4096, n)) for m in (40, 100, 200, 300) for n in (1024, 4096)),
     Case("float16", "float32", 64, shape=(16, 4096, 4096)),
@@ -164,8 +162,10 @@ DECODED = [
     Case("float32", "float32", 100, shape=(37, 53, 41)),
 ]
 
-# Panels of many ranks, which come in parts and pieces of their own where the table is Hopper's.
-MANY_RANKS = [
+# What Hopper's table alone has: two programs on a multiprocessor, and panels of many ranks in parts and pieces of their
+# own.
+HOPPERS = [
+    *(Case("bfloat16", "bfloat16", r, shape=(m, 4096, 2048)) for m in (512, 640) for r in (16, 64)),
     *(Case("bfloat16", "bfloat16", 128, shape=(m, 4096, n)) for m in (16, 32, 64, 128, 256, 512) for n in (1024, 4096)),
     *(Case("bfloat16", "float32", 128, shape=(m, 4096, n)) for m, n in ((32, 14336), (64, 4096), (256, 4096))),
     *(Case("bfloat16", "float32", 128, shape=(m, 4096, n)) for m, n in ((512, 4096), (1000, 1024))),
@@ -320,7 +320,7 @@ def main(capability: int) -> None:
         current[0] = case
         compile_case(case)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    for case in DECODED + (MANY_RANKS if capability == 90 else []):
+    for case in DECODED + (HOPPERS if capability == 90 else []):
         current[0] = case
         compile_decode(case)
     for case in OWN_PANEL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,6 +82,15 @@ def make_x(name: str, device: str, dtype: torch.dtype = torch.float32) -> Tensor
 def owner(layer: Any) -> Any:
     """The module that has the weight."""
     return getattr(layer, "conv", layer)
+
+
+def complaint(call: Callable[[], object]) -> str:
+    """What the error says that call raises; empty without one."""
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -57,6 +57,9 @@ NARROW = "kernels/narrow.py"
 REPLAY = "kernels/replay.py"
 SPANS = "kernels/spans.py"
 LAUNCH = "kernels/launch.py"
+BASE = "fused_lora/base.py"
+WARM = "fused_lora/warm.py"
+FLOPS = "fused_lora/flop_counts.py"
 ADAPTER_IO = "fused_lora/adapter_io.py"
 FORMATS = "fused_lora/formats.py"
 PEFT_CONFIG = "fused_lora/peft_config.py"
@@ -122,6 +125,14 @@ PANEL_ADDRESSES = ("tests/test_split_panel.py", "-k", "address")
 UNMASKED = ("tests/test_split_panel.py", "-k", "not mask and (not against_float64 or 50)")
 DRAWN = ("tests/test_split_panel.py", "-k", "mask and (33 or 50 or tile or alone or draws)")
 KNOWN = ("tests/test_known.py",)
+COUNTED = ("tests/test_summary.py", "-k", "counter")
+WARMUP = ("tests/test_warmup.py",)
+LAYOUTS = ("tests/test_functional.py", "-k", "layout")
+LOADED = ("tests/test_merged_state_dict.py",)
+BAD = (
+    *("tests/test_linear.py", "tests/test_merged_linear.py", "tests/test_embedding.py", "tests/test_functional.py"),
+    *("-k", "bad or numpys or enables or from_pretrained or no_gradient"),
+)
 IO = ("tests/test_adapter_io.py",)
 SPELT = ("tests/test_formats.py",)
 COMMANDS = ("tests/test_cli_merge.py",)
@@ -887,7 +898,7 @@ MUTANTS = (
     Mutant("tangents left out", SHARED, "if forward_mode or (", "if (", DIRECT),
     Mutant("tangents not seen", SHARED, "    if forward_ad._current_level >= 0:", "    if False:", DIRECT),
     Mutant("a merged weight written", MERGE, ", (_BASE, base), (_MERGED, merged))", ", (_BASE, base))", MERGING),
-    Mutant("another weight than the merged one", MERGE, " and _is_anothers(weight, kept.base)", " and False", MERGING),
+    Mutant("another weight than the merged one", MERGE, " and _is_anothers(weight, kept)", " and False", MERGING),
     Mutant("a scaling that is not merged", MERGE, "if kept.scaling != self.scaling or any", "if any", MERGING),
     Mutant("a scaling that nobody sees", MERGE, "if kept.scaling != self.scaling:", "if False:", MERGING),
     Mutant("drawn while merged", MERGE, 'if getattr(self, "_kept", None) is not None:', "if False:", MERGING),
@@ -1222,6 +1233,36 @@ MUTANTS = (
     Mutant("endings that are misread", ADAPTER_FILE, "if (ending in PICKLES) != (suffix in PICKLES):", "if False:", IO),
     Mutant("save_adapter ends as a pickle", ADAPTER_FILE, '    check_ending(path, ".safetensors")\n', "", FILES),
     Mutant("chat templates left out", MERGE_FILE, '*base.glob(f"{_TEMPLATES}/*.jinja")', "", MODEL_FILES),
+    Mutant("a write that is lost in silence", MERGE, " or before.changed(_MERGED))", ")", MERGING),
+    Mutant("a replaced weight lost in silence", MERGE, "(weight is not before.merged or before", "(before", MERGING),
+    Mutant("a copy of the base taken for merged", MERGE, "torch.equal(weight, base) and", "False and", MERGING),
+    Mutant("a copy of the merge taken for the base", MERGE, " and not torch.equal(weight, merged)", "", MERGING),
+    Mutant("a trace that holds an answer", MERGE, "if torch._C._len_torch_dispatch_stack() > 0 or", "if", MERGING),
+    Mutant("a merged weight without its gradient", MERGE, "merged.grad = base.grad", "merged.grad = None", MERGING),
+    Mutant("a gradient that cannot be cleared", MERGE, "if base.grad is before.grad:", "if False:", MERGING),
+    Mutant("a cleared gradient comes back", MERGE, "if base.grad is before.grad:", "if True:", MERGING),
+    Mutant("a gradient with two owners", MERGE, "before.merged.grad = None", "pass", MERGING),
+    Mutant("a Tensor's scaling kept", MERGE, "float(self.scaling), counted", "self.scaling, counted", MERGING),
+    Mutant("unmerged over a parametrization", MERGE, 'if "weight" not in owner._parameters:', "if False:", MERGING),
+    Mutant("an adapter dropped in silence", STATE, "if layer._has_adapter:", "if False:", LOADED),
+    Mutant("a scaling that gets no gradient", FUNCTIONAL, " and scaling.requires_grad:", " and False:", BAD),
+    Mutant("a bool for a rank", BASE, "if isinstance(value, bool) else", "if False else", BAD),
+    Mutant("an x of any layout", FUNCTIONAL, "if x.layout is not torch.strided:", "if False:", LAYOUTS),
+    Mutant("warmup renormalises", WARM, ', "max_norm": None}', "}", WARMUP),
+    Mutant(
+        "warmup runs parameters' hooks", WARM, "tensor.detach().requires_grad_(tensor.requires_grad)", "tensor", WARMUP
+    ),
+    Mutant("warmup without dropout", WARM, "nn.Dropout(p)", "nn.Identity()", WARMUP),
+    Mutant("FLOPs of the base left out", FLOPS, "(weight[0] * K + lora_A", "(lora_A", COUNTED),
+    Mutant("FLOPs of dx without its panel's", FLOPS, "weight[1] * (N + lora_A[0])", "weight[1] * N", COUNTED),
+    Mutant("FLOPs of every slice counted", FLOPS, "N // len(enable_lora) * xa[1]", "N * xa[1]", COUNTED),
+    Mutant(
+        "FLOPs of a weight's adapter by half",
+        FLOPS,
+        "return 2 * lora_B[0] * lora_B[1] * lora_A[1]",
+        "return lora_B[0] * lora_B[1] * lora_A[1]",
+        COUNTED,
+    ),
 )
 
 

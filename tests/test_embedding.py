@@ -410,7 +410,7 @@ def test_state_dict_holds_the_unmerged_base_and_loads_into_a_merged_layer(device
 
 def test_a_merged_layer_in_training_warns() -> None:
     indices = torch.tensor([1, 2])
-    with pytest.warns(UserWarning, match="gives lora_A, lora_B and the base weight no gradient"):
+    with pytest.warns(UserWarning, match="gives lora_A and lora_B no gradient, and the base weight's to"):
         trained(7, 5, r=2).eval()(indices)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -427,6 +427,15 @@ def test_float32_adapters_on_a_half_base(backend: str, device: str, base: torch.
     y = layer(torch.tensor([1, 2, 1], device=device))
     y.float().sum().backward()
     assert y.dtype == base and layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == SINGLE
+
+
+def test_from_pretrained_says_what_to_do_instead() -> None:
+    table = torch.randn(6, 4)
+    with pytest.raises(NotImplementedError, match="from_pretrained was called of a LoRA Embedding; expected its"):
+        Embedding.from_pretrained(table)
+    layer = Embedding(6, 4, r=2)
+    layer.load_state_dict({"weight": table})
+    assert torch.equal(layer.weight, table)
 
 
 @pytest.mark.parametrize(

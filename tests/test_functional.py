@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mergeable import complaint
 from numerics import make_problem, unfused
 
-from fused_lora.functional import lora_linear
+from fused_lora.functional import effective_weight, lora_embedding, lora_linear
 from fused_lora.reference import Dropout, dropout_threshold
 
 W, A, B, X = torch.randn(6, 4), torch.randn(3, 4), torch.randn(6, 3), torch.randn(5, 4)
@@ -139,6 +140,16 @@ def test_shards_with_offsets_add_up_to_the_whole() -> None:
         ({"dropout_p": math.nan}, ValueError, ["dropout_p", "nan"]),
         ({"scaling": math.inf}, ValueError, ["scaling", "inf", "finite"]),
         ({"scaling": math.nan}, ValueError, ["scaling", "nan", "finite"]),
+        ({"scaling": None}, ValueError, ["scaling is None", "a finite number"]),
+        ({"scaling": "2"}, ValueError, ["scaling is '2'", "a finite number"]),
+        ({"scaling": torch.ones(2)}, ValueError, ["scaling is tensor([1., 1.])", "a finite number"]),
+        (
+            {"scaling": torch.tensor(2.0, requires_grad=True)},
+            TypeError,
+            ["scaling is a Tensor that requires a gradient"],
+        ),
+        ({"row_offset": 1.5}, TypeError, ["row_offset is 1.5", "an int"]),
+        ({"column_offset": None}, TypeError, ["column_offset is None", "an int"]),
         ({"row_offset": -1}, ValueError, ["row_offset", "-1"]),
         ({"column_offset": 2**35 - 3}, ValueError, ["column_offset", str(2**35 - 3), "2**35"]),
         ({"column_offset": -8}, ValueError, ["column_offset", "-8"]),
@@ -155,6 +166,23 @@ def test_bad_input_names_the_argument(changes: dict[str, Any], error: type[Excep
     message = str(raised.value)
     assert all(word in message for word in words), message
     assert message.endswith(".") and "\n" not in message
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.jagged])
+def test_x_of_another_layout_is_refused(layout: torch.layout) -> None:
+    x = X.to_sparse() if layout == torch.sparse_coo else torch.nested.nested_tensor([X, X[:2]], layout=layout)
+    assert complaint(lambda: lora_linear(x, W, A, B)) == f"x has layout {layout}; expected a strided tensor."
+
+
+def test_no_function_takes_a_scaling_that_would_get_no_gradient() -> None:
+    scaling = torch.nn.Parameter(torch.tensor(2.0))
+    for call in (
+        lambda: lora_embedding(torch.tensor([1]), W, torch.zeros(3, 6), torch.zeros(4, 3), scaling=scaling),
+        lambda: effective_weight(W, A, B, scaling=scaling),
+    ):
+        with pytest.raises(TypeError, match=r"scaling is a Tensor that requires a gradient; expected a number\."):
+            call()
+    assert torch.equal(lora_linear(X, W, A, B, scaling=scaling.detach()), lora_linear(X, W, A, B, scaling=2.0))
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)

@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import loralib
+import numpy
 import pytest
 import torch
 from numerics import assert_as_accurate_as
@@ -78,6 +79,13 @@ def test_attributes_and_class_tree() -> None:
     assert layer.scaling == 4.0 and isinstance(layer.lora_dropout, nn.Dropout) and layer.lora_dropout.p == 0.25
     assert not layer.weight.requires_grad and layer.bias.requires_grad
     assert "r=2" in repr(layer) and "lora_alpha=8" in repr(layer)
+
+
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear", "Embedding", "Conv2d"])
+def test_r_may_be_numpys_and_is_an_int_of_the_layer(name: str) -> None:
+    more = {"MergedLinear": {"enable_lora": [True]}, "Conv2d": {"kernel_size": 3}}.get(name, {})
+    layer = getattr(fused_lora, name)(4, 3, r=numpy.int64(2), **more)
+    assert type(layer.r) is int and layer.r == 2 and type(layer.scaling) is float
 
 
 def test_a_subclass_of_loralayer_as_others_write_them() -> None:
@@ -193,7 +201,7 @@ def test_meta_device_then_to_empty_then_reset_parameters() -> None:
 def test_a_merged_layer_in_training_warns() -> None:
     layer = Linear(6, 5, r=2).eval()
     x = torch.randn(3, 6)
-    with pytest.warns(UserWarning, match="gives lora_A, lora_B and the base weight no gradient"):
+    with pytest.warns(UserWarning, match="gives lora_A and lora_B no gradient, and the base weight's to"):
         layer(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -210,6 +218,13 @@ def test_a_merged_layer_in_training_warns() -> None:
         ({"lora_dropout": 1.1}, ["lora_dropout is 1.1", "[0, 1]"]),
         ({"lora_dropout": -0.1}, ["lora_dropout is -0.1", "[0, 1]"]),
         ({"r": 2, "lora_alpha": float("nan")}, ["lora_alpha is nan"]),
+        ({"r": 2.0}, ["r is 2.0", "an integer"]),
+        ({"r": "2"}, ["r is '2'", "an integer"]),
+        ({"r": True}, ["r is True", "an integer"]),
+        ({"r": 2, "lora_alpha": "16"}, ["lora_alpha is '16'", "a finite number"]),
+        ({"r": 2, "lora_alpha": None}, ["lora_alpha is None", "a finite number"]),
+        ({"lora_dropout": None}, ["lora_dropout is None", "a probability in [0, 1]"]),
+        ({"lora_dropout": "0.1"}, ["lora_dropout is '0.1'", "a probability in [0, 1]"]),
     ],
 )
 def test_bad_options(options: dict[str, Any], words: list[str]) -> None:

@@ -324,3 +324,13 @@ def test_bad_arguments(changes: dict[str, Any], words: list[str]) -> None:
     assert all(word in str(raised.value) for word in words), raised.value
     with pytest.raises(ValueError, match="enable_lora has length 4"):
         MergedLinear(5, 9, r=2, enable_lora=[True] * 4)
+    with pytest.raises(ValueError, match="enable_lora is True; expected one bool for each slice"):
+        MergedLinear(5, 9, r=2, enable_lora=True)
+
+
+def test_what_is_true_enables_a_slice() -> None:
+    x, weight, lora_A, lora_B = (torch.randn(size) for size in ((2, 5), (9, 5), (4, 5), (6, 2)))
+    enabled = [
+        lora_linear(x, weight, lora_A, lora_B, enable_lora=slices) for slices in ([2, 0, 1], [True, False, True])
+    ]
+    assert torch.equal(*enabled)

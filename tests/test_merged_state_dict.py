@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from mergeable import (
     redraw_adapter,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
-from fused_lora import Conv1d, Conv2d, Embedding, MergedLinear, merged_state_dict
+from fused_lora import Conv1d, Conv2d, Embedding, Linear, MergedLinear, merged_state_dict
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -106,6 +108,23 @@ def test_merged_state_dict_of_a_whole_model(training: bool, device: str) -> None
     # Frozen for the reason given above.
     model.eval().requires_grad_(False), target.eval().requires_grad_(False)
     assert_same_bits(target(tokens), model(tokens), "logits")
+
+
+@pytest.mark.parametrize("tensor", ["weight", "lora_A", "lora_B"])
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, prune.identity])
+@pytest.mark.parametrize("name", ["Linear", "Conv2d-groups=2"])
+def test_a_layer_whose_tensors_are_not_its_own_is_refused(
+    name: str, how: Callable[[nn.Module, str], object], tensor: str, device: str
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), build(name, device, merge_weights=False))
+    how(owner(model[1]) if tensor == "weight" else model[1], tensor)
+    with pytest.raises(RuntimeError, match=f"{tensor} is parametrized or sharded; expected a parameter of the layer"):
+        merged_state_dict(model)
+
+
+def test_layers_without_an_adapter_may_be_parametrized(device: str) -> None:
+    model = nn.Sequential(parametrizations.weight_norm(Linear(2, 2, device=device)))
+    assert list(merged_state_dict(model)) == list(model.state_dict())
 
 
 def test_merged_state_dict_of_a_model_without_lora_is_its_state_dict(device: str) -> None:

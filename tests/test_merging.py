@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +18,21 @@ from mergeable import (
     assert_same_bits,
     assert_same_entries,
     build,
+    complaint,
     entries,
     every_layer,
     few_layers,
     make_x,
     owner,
+    plain,
     redraw_adapter,
     torch_saved,
 )
 from numerics import assert_as_accurate_as
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from fused_lora import Conv1d, Conv2d, Conv3d, Embedding, Linear, MergedLinear
 
@@ -402,6 +407,14 @@ def test_a_layer_without_adapter_only_says_that_it_is_merged(name: str, options:
     assert copy.deepcopy(layer).double().merged
 
 
+def warns_of_what_is_dropped(call: Callable[[], object]) -> bool:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    words = "weight was replaced or written while the layer was merged, and what was put there is dropped"
+    return any(words in str(warning.message) for warning in caught)
+
+
 REPLACED: dict[str, Callable[[Any, Any], None]] = {
     "the base again": lambda layer, owned: setattr(owned, "weight", layer.base_weight),
     "another parameter": lambda layer, owned: setattr(owned, "weight", nn.Parameter(owned.weight.detach().clone())),
@@ -419,7 +432,45 @@ def test_a_weight_that_took_the_merged_ones_place_is_not_taken_for_it(name: str,
         layer(x)
     with pytest.raises(RuntimeError, match="weight was replaced or written while the layer is merged"):
         copy.deepcopy(layer)(x)
-    assert_same_bits(layer.train().eval()(x), expected)
+    assert warns_of_what_is_dropped(layer.train) == (how != "the base again")
+    assert_same_bits(layer.eval()(x), expected)
+
+
+AFTER_WRITING: dict[str, Callable[[Any], Any]] = {
+    "train": lambda layer: layer.train(),
+    "eval": lambda layer: layer.eval(),
+    "to": lambda layer: layer.to(torch.float64),
+    "load_state_dict": lambda layer: layer.load_state_dict({"lora_A": layer.lora_A.detach()}, strict=False),
+}
+
+
+@pytest.mark.parametrize("then", AFTER_WRITING)
+@few_layers
+def test_what_was_written_to_a_merged_weight_is_dropped_with_a_warning(name: str, then: str, device: str) -> None:
+    layer = build(name, device).eval()
+    assert not warns_of_what_is_dropped(lambda: AFTER_WRITING[then](layer))
+    layer = build(name, device).eval()
+    base = layer.base_weight.detach().clone()
+    with torch.no_grad():
+        owner(layer).weight.fill_(1)
+    assert warns_of_what_is_dropped(lambda: AFTER_WRITING[then](layer))
+    assert not warns_of_what_is_dropped(layer.train)
+    assert_same_bits(owner(layer).weight.float(), base)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [parametrizations.weight_norm, lambda module: prune.identity(module, "weight")],
+    ids=["parametrized", "pruned"],
+)
+@few_layers
+def test_a_merged_weight_that_was_parametrized_is_named_when_it_would_be_unmerged(
+    name: str, how: Callable[[nn.Module], object], device: str
+) -> None:
+    layer = build(name, device).eval()
+    how(owner(layer))
+    for change in (layer.train, layer.double, lambda: layer.load_state_dict({}, strict=False)):
+        assert complaint(change).startswith("weight was parametrized or pruned while the layer is merged")
 
 
 @few_layers
@@ -431,14 +482,46 @@ def test_functional_calls_of_a_merged_layer(name: str, device: str) -> None:
         torch.func.functional_call(layer, layer.state_dict(), (x,))
 
 
+@pytest.mark.parametrize("copied", [Tensor.clone, Tensor.double, Tensor.bfloat16], ids=["clone", "double", "bfloat16"])
 @few_layers
+def test_functional_calls_of_a_merged_layer_with_copies(
+    name: str, copied: Callable[[Tensor], Tensor], device: str
+) -> None:
+    """As an average of weights is evaluated; a copy of what is merged counts as merged."""
+    layer, x = build(name, device).eval(), make_x(name, device)
+    x = copied(x) if x.is_floating_point() else x
+    merged, unmerged = (
+        {key: copied(t) for key, t in of.items()} for of in (dict(layer.named_parameters()), layer.state_dict())
+    )
+    with torch.no_grad():
+        expected = torch.func.functional_call(
+            plain(name), {k.rpartition(".")[2]: t for k, t in merged.items() if "lora_" not in k}, (x,)
+        )
+        assert_same_bits(torch.func.functional_call(layer, merged, (x,)), expected)
+    assert complaint(lambda: torch.func.functional_call(layer, unmerged, (x,))).startswith("weight was replaced")
+    # Not within a trace, which would hold the answer.
+    assert complaint(lambda: make_fx(lambda x: torch.func.functional_call(layer, unmerged, (x,)))(x)) == ""
+    with torch.no_grad():
+        layer.train().lora_B.zero_()
+    layer.eval()
+    for state in (dict(layer.named_parameters()), layer.state_dict()):
+        copies = {key: copied(t) for key, t in state.items()}
+        assert complaint(lambda copies=copies: torch.func.functional_call(layer, copies, (x,))) == ""
+
+
+@few_layers
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("copied", [lambda layer: layer, copy.deepcopy], ids=["itself", "a copy"])
 def test_a_scaling_that_changed_while_merged_is_taken_by_eval(
-    name: str, copied: Callable[[nn.Module], nn.Module], device: str
+    name: str, copied: Callable[[nn.Module], nn.Module], in_place: bool, device: str
 ) -> None:
     layer, x = build(name, device), make_x(name, device)
+    layer.scaling = torch.tensor(layer.scaling)
     layer.eval()
-    layer.scaling = 0.5
+    if in_place:
+        layer.scaling.mul_(2)
+    else:
+        layer.scaling = 0.5
     layer = copied(layer)
     with pytest.raises(RuntimeError, match="scaling was changed while the layer is merged"):
         layer(x)

@@ -13,6 +13,7 @@ from mergeable import (
     assert_same_bits,
     assert_same_entries,
     build,
+    complaint,
     every_layer,
     few_layers,
     make_x,
@@ -176,6 +177,47 @@ def test_the_base_collects_gradients_of_both_sides_of_an_evaluation(name: str, d
     for (key, mine), other in zip(layers[0].named_parameters(), layers[1].parameters(), strict=True):
         # Not bit for bit: cuDNN may add in another order.
         torch.testing.assert_close(mine.grad, other.grad, msg=key)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@every_layer
+def test_a_merged_layer_has_the_bases_gradient_and_clears_it(name: str, set_to_none: bool, device: str) -> None:
+    layer = build(name, device).requires_grad_(True)
+    layer(make_x(name, device)).sum().backward()
+    gradients = {key: p.grad for key, p in layer.named_parameters()}
+    layer.eval()
+    assert {key: p.grad for key, p in layer.named_parameters()} == gradients
+    layer.zero_grad(set_to_none)
+    layer.train()
+    for key, p in layer.named_parameters():
+        assert p.grad is None if set_to_none else p.grad is gradients[key] and not p.grad.any(), key
+
+
+@few_layers
+def test_a_gradient_cleared_by_the_bases_optimizer_while_merged_stays_cleared(name: str, device: str) -> None:
+    layer = build(name, device).requires_grad_(True)
+    optimizer = torch.optim.SGD(layer.parameters())
+    layer(make_x(name, device)).sum().backward()
+    layer.eval()
+    optimizer.zero_grad()
+    layer.train()
+    assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+@few_layers
+def test_a_gradient_is_cast_with_a_merged_layer(name: str, swaps: bool, device: str) -> None:
+    layer = build(name, device).requires_grad_(True)
+    layer(make_x(name, device)).sum().backward()
+    gradients = {key: p.grad.clone() for key, p in layer.named_parameters()}
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+    try:
+        assert complaint(layer.eval().double) == ""
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for mode in (False, True):
+        for key, p in layer.train(mode).named_parameters():
+            assert_same_bits(p.grad, gradients[key].double(), key)
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import loralib
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +32,7 @@ DTYPES = [
 
 def flops(expression: Callable[[], Tensor]) -> tuple[int, int]:
     """Of forward and of backward."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=lora.flop_formulas()) as counter:
         y = expression()
         forward = counter.get_total_flops()
         if y.requires_grad:
@@ -66,6 +68,50 @@ def test_flops_of_linear(M: int, K: int, N: int, r: int, transposed: bool) -> No
         "base": flops(lambda: F.linear(x, weight)),
         "lora": flops(lambda: x @ A.T @ B.T * 2.0),
     }
+
+
+LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "Linear": ((6, 10), {}),
+    "MergedLinear": ((6, 9), {"enable_lora": [True, False, True]}),
+    "Embedding": ((7, 4), {}),
+    "Conv1d": ((4, 6, 1), {}),
+    "Conv2d": ((4, 6, 3), {"padding": 1}),
+}
+
+
+def an_input(name: str) -> Tensor:
+    if name == "Embedding":
+        return torch.zeros(2, 3, dtype=torch.int64)
+    return torch.randn({"Conv1d": (1, 4, 5), "Conv2d": (1, 4, 5, 7)}.get(name, (2, 5, 6)), requires_grad=True)
+
+
+@pytest.mark.parametrize("wanted", ["all", "no lora_A", "no lora_B", "x alone", "nothing"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchs_counter_sees_a_layers_products(name: str, wanted: str) -> None:
+    """As many as of loralib's layer; but loralib makes of a MergedLinear's adapter a matrix of the weight's size."""
+    (sizes, options), x = LAYERS[name], an_input(name)
+    ours, theirs = (getattr(module, name)(*sizes, r=3, **options) for module in (lora, loralib))
+    for layer in (ours, theirs):
+        layer.lora_A.requires_grad_(wanted in ("all", "no lora_B"))
+        layer.lora_B.requires_grad_(wanted in ("all", "no lora_A"))
+    if x.is_floating_point():
+        x.requires_grad_(wanted != "nothing")
+    expected = flops(lambda: theirs(x))
+    if name == "MergedLinear":
+
+        def slices() -> Tensor:
+            lora_A, lora_B = ours.lora_A.chunk(2), ours.lora_B.chunk(2)
+            return F.linear(x, ours.weight).sum() + sum(
+                (x @ A.T @ B.T).sum() for A, B in zip(lora_A, lora_B, strict=True)
+            )
+
+        expected = flops(slices)
+    assert flops(lambda: ours(x)) == expected
+    if wanted == "all":
+        layer = only(ours, positions(ours, x) if "Conv" in name else 6 if name == "Embedding" else 10)
+        assert sum(expected) == layer.base.flops + layer.lora.flops
+    with torch.no_grad():
+        assert flops(lambda: ours(x))[0] == expected[0]
 
 
 def test_flops_at_real_size() -> None:
@@ -371,7 +417,8 @@ def test_refusals() -> None:
     for model in (nn.Linear(2, 2), lora.Linear(2, 2), nn.Sequential()):
         with pytest.raises(ValueError, match="model has no LoRA layer"):
             summary(model, 3)
-    for tokens in (-1, 1.5):
+    assert summary(lora.Linear(2, 2, r=1), numpy.int64(3)).tokens == 3
+    for tokens in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"tokens is {tokens}; expected an integer of 0 or more"):
             summary(lora.Linear(2, 2, r=1), tokens)  # type: ignore[arg-type]
     nothing = summary(lora.Linear(2, 2, r=1), 0)

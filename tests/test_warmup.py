@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -58,20 +60,54 @@ def test_changes_nothing() -> None:
     assert all(p.grad is None for name, p in net.named_parameters() if name != "0.lora_A")
 
 
-def test_follows_autocast_and_a_given_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_neither_renormalises_an_embedding_nor_runs_a_parameters_hook(parametrized: bool) -> None:
+    net = model().append(fused_lora.Embedding(6, 4, r=2, max_norm=0.1))
+    if parametrized:
+        for layer in (net[0], net[6]):
+            nn.utils.parametrizations.weight_norm(layer, "lora_A")
+    net.requires_grad_(True)
+    ran: list[torch.Tensor] = []
+    for parameter in net.parameters():
+        parameter.register_hook(ran.append)
+    before = [(parameter, parameter.clone(), parameter._version) for parameter in net.parameters()]
+    assert fused_lora.warmup(net, 4) == 6 and not ran
+    for parameter, value, version in before:
+        assert torch.equal(parameter, value) and parameter._version == version
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_embedding_without_rows_is_not_looked_up() -> None:
+    assert fused_lora.warmup(fused_lora.Embedding(0, 4, r=2), 3) == 1
+
+
+def test_tokens_may_be_any_integers() -> None:
+    for tokens in (numpy.int64(3), [numpy.int32(3)], range(3, 4), torch.tensor(3)[None]):
+        assert fused_lora.warmup(fused_lora.Linear(2, 2, r=1), tokens) == 1
+
+
+def test_follows_autocast_and_a_given_dtype_and_drops(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    original = fused_lora.warm.lora_linear
-    monkeypatch.setattr("fused_lora.warm.lora_linear", lambda x, *a, **k: seen.add(x.dtype) or original(x, *a, **k))
-    layer = fused_lora.Linear(8, 8, r=2)
+    original = fused_lora.functional.lora_linear
+
+    def seeing(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen.add((x.dtype, options["dropout_p"]))
+        return original(x, *arguments, **options)
+
+    monkeypatch.setattr("fused_lora.linear.lora_linear", seeing)
+    layer = fused_lora.Linear(8, 8, r=2, lora_dropout=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fused_lora.warmup(layer, 2, dtype=torch.bfloat16)
-    assert seen == {torch.bfloat16}
+    assert seen == {(torch.bfloat16, 0.0), (torch.bfloat16, 0.5)}
 
 
 def test_errors_name_the_argument_and_merged_layers_need_nothing() -> None:
-    with pytest.raises(ValueError, match=r"tokens is 0; expected one or more numbers of at least 1"):
+    with pytest.raises(ValueError, match=r"tokens is 0; expected an integer of 1 or more"):
         fused_lora.warmup(model(), 0)
-    with pytest.raises(ValueError, match=r"tokens is \(\); expected"):
+    for tokens in (2.5, [2.5], "3", None, True):
+        with pytest.raises(ValueError, match=r"tokens is .*; expected an integer of 1 or more"):
+            fused_lora.warmup(model(), tokens)
+    with pytest.raises(ValueError, match=r"tokens is \(\); expected one or more integers"):
         fused_lora.warmup(model(), ())
     for net in (nn.Linear(2, 2), fused_lora.Linear(2, 2)):
         with pytest.raises(ValueError, match="model has no LoRA layer with an adapter"):
