@@ -88,8 +88,8 @@ def test_of_equally_fast_tiles_the_first_is_taken(monkeypatch: pytest.MonkeyPatc
 def test_every_kernel_is_timed_with_the_tile_that_it_is_timed_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step launches kernels, all under a table that is the present one but for its tile."""
     launched: list[tuple[str, Tiles]] = []
-    originals = {"linear": tuning.fused_linear._fused_linear, "adapter": tuning.adapter_grad._launch}
-    for name, function in (("panel", "panel"), ("linear", "_fused_linear"), ("adapter", "_launch")):
+    originals = {"linear": tuning.fused_linear._fused_linear, "adapter": tuning.adapter_grad._prepared}
+    for name, function in (("panel", "panel"), ("linear", "_fused_linear"), ("adapter", "_prepared")):
         module = {"panel": panel, "linear": tuning.fused_linear, "adapter": tuning.adapter_grad}[name]
         original = originals.get(name, panel.panel)
 
