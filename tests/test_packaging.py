@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -241,3 +242,7 @@ def test_the_readmes_figures_of_the_other_layers_are_the_recorded_ones() -> None
     for layer, p, cells in rows:
         candidates = ["frozen", f"fused_lora, p={float(p)}", f"loralib, p={float(p)}"]
         assert cells.split(" | ") == [milliseconds[layer, candidate] for candidate in candidates], layer
+
+
+def test_the_readme_says_how_many_mutants_there_are() -> None:
+    assert f"**{len(MUTANTS)} of {len(MUTANTS)} mutants are killed**" in (ROOT / "README.md").read_text()
