@@ -16,7 +16,7 @@ from benchmarks.accuracy import CALLS
 DTYPE = torch.bfloat16
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     """A layer to build from either package with a dropout, torch's frozen layer of the same shape, and its input."""
 

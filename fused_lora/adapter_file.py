@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .base import dropout_probability
 from .merge import MergingLayer
 from .state import Bias, lora_state_dict
 from .whole import written_whole
@@ -132,11 +133,12 @@ def _lora_layers(model: nn.Module) -> dict[str, MergingLayer]:
 
 
 def _config(layer: MergingLayer) -> AdapterConfig:
-    dropout = layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
     # A file holds no scaling; one that was set, such as lora_alpha / sqrt(r), has a lora_alpha too.
     lora_alpha = layer.lora_alpha if layer.scaling == layer.lora_alpha / layer.r else layer.scaling * layer.r
     enable_lora, fan_in_fan_out = (getattr(layer, name, None) for name in ("enable_lora", "fan_in_fan_out"))
-    return AdapterConfig(layer.r, lora_alpha, dropout, enable_lora, fan_in_fan_out, _kind(layer))
+    return AdapterConfig(
+        layer.r, lora_alpha, dropout_probability(layer.lora_dropout), enable_lora, fan_in_fan_out, _kind(layer)
+    )
 
 
 def _kind(layer: MergingLayer) -> Literal["linear", "embedding", "conv", "merged"]:

@@ -72,7 +72,7 @@ def lora_linear(
         if backend != BATCH_INVARIANT:
             return F.linear(x, weight, bias)
         # Whatever columns and slices are named, there is no adapter to be read.
-        lora_B, enable_lora, slices = weight.new_empty(weight.shape[0], 0, dtype=lora_A.dtype), (True,), [True]
+        lora_B, slices = weight.new_empty(weight.shape[0], 0, dtype=lora_A.dtype), [True]
     if not training:
         dropout_p = 0.0
     elif dropout_p == 1.0:
@@ -82,7 +82,7 @@ def lora_linear(
     drawn = None if dropout_p == 0 else _seed_tensor(seed, x.device)
     if key is None or not trains:
         y = linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest)
-        repeat.remember(key, x, weight, bias, lora_A, lora_B, scaling, enable_lora, backend)
+        repeat.remember(key, x, weight, bias, lora_A, lora_B, scaling, slices, backend)
         return y
     keep = repeat.keeper(key, fan_in_fan_out, slices, rest)
     return linear_op.lora_linear(x, weight, bias, lora_A, lora_B, slices, drawn, *rest, keep=keep)

@@ -171,13 +171,13 @@ def backward(
         else:
             dyb, db = adapter_grad.grad_panels(dy, lora_B, early_xa, scaling, dtype, enable_lora, overlaps=overlapping)
         # An empty dx is not launched.
-        beside = overlapping and dyb is not None and weight is not None and dy.numel() * weight.numel() > 0
-        beside = beside and lora_A is not None and not (x is None and later_xa is None)
+        launches_dx = not (dyb is None or weight is None or lora_A is None) and dy.numel() * weight.numel() > 0
+        beside = overlapping and launches_dx and not in_one_launch and not (x is None and later_xa is None)
         grads = None
         if not in_one_launch:
             grads = adapter_grad.prepared_grads(dy, later_xa, dyb, x, bits, dtype, enable_lora, beside=beside)
         if dyb is not None and weight is not None and lora_A is not None:
-            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, followed=beside and grads is not None)
+            dx = fused_linear.grad_input(dy, weight, dyb, lora_A, bits, followed=beside)
         if grads is None:
             assert dyb is not None
             return dx, *few_rows_grad(dy, dyb, x, xa, bits, dtype)

@@ -229,20 +229,7 @@ def grad_panels(
         start()
         return reduce(dyb, dy.dtype, scaling, (db, dtype), beside=overlaps)
     dyb = None if lora_B is None else compute_panel(dy, lora_B, scaling, None, enable_lora)[0]
-    return dyb, adapter_grads(dy, xa, None, None, None, dtype, enable_lora)[1]
-
-
-def adapter_grads(
-    dy: Tensor,
-    xa: Tensor | None,
-    dyb: Tensor | None,
-    x: Tensor | None,
-    bits: Tensor | None,
-    dtype: torch.dtype,
-    enable_lora: Sequence[bool] = (True,),
-) -> tuple[Tensor | None, Tensor | None]:
-    """da [R, K] where x and dyb are given, db [N, R] where xa is, both in `dtype`."""
-    return prepared_grads(dy, xa, dyb, x, bits, dtype, enable_lora)()
+    return dyb, prepared_grads(dy, xa, None, None, None, dtype, enable_lora)()[1]
 
 
 def prepared_grads(
@@ -256,10 +243,11 @@ def prepared_grads(
     *,
     beside: bool = False,
 ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
-    """What computes `adapter_grads`, into memory that is already there.
+    """What computes da [R, K] where x and dyb are given, and db [N, R] where xa is, both in `dtype`.
 
-    beside: it is called after `grad_input`, which is followed, and its launches begin while that one runs; so is their
-    sum launched while they run. Memory that came later could be another thread's, whose launch came in between.
+    Their partial sums have their memory already. beside: it is called after `grad_input`, which is followed, and its
+    launches begin while that one runs; so is their sum launched while they run. Memory that came later could be another
+    thread's, whose launch came in between.
     """
     partial_db = partial_da = None
     starts = []
@@ -302,6 +290,6 @@ def _whole(partials: Tensor | None, dtype: torch.dtype, beside: bool) -> Tensor 
 
 def grad_lora_A(dyb: Tensor, x: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
     """da [R, K] in `dtype`, of dyb [M, R] and x [M, K]."""
-    da, _ = adapter_grads(x, None, dyb, x, bits, dtype)
+    da, _ = prepared_grads(x, None, dyb, x, bits, dtype)()
     assert da is not None
     return da

@@ -30,7 +30,8 @@ from .launch import (
     strides,
 )
 
-# Ranks that an output tile adds in a step, and that one of many elements does beside its registers.
+# Ranks that an output tile adds in a step, and that one of many elements does beside its registers. A panel's piece of
+# more has few registers left, and of more rows than FEW_PANEL_ROWS none for a factor that is read across its rows.
 RANK_STEP = 64
 WIDE_RANK_STEP = 32
 WIDE = 128 * 64

@@ -175,7 +175,7 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("dx followed unsaid", FUSED, "followed=beside and grads is not None", "followed=False", BESIDE),
+    Mutant("dx followed unsaid", FUSED, "followed=beside)", "followed=False)", BESIDE),
     Mutant(
         "memory that came while it is read",
         FUSED,

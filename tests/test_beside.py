@@ -199,7 +199,7 @@ def test_how_many_rows_of_a_gradient_a_program_adds_up(
 ) -> None:
     seen = cut_by_hopper(monkeypatch)
     bits = torch.empty(M, K // 8, dtype=torch.uint8, device="meta") if masked else None
-    adapter_grad.adapter_grads(nothing(M, 16), None, nothing(M, r), nothing(M, K), bits, torch.bfloat16)
+    adapter_grad.prepared_grads(nothing(M, 16), None, nothing(M, r), nothing(M, K), bits, torch.bfloat16)()
     assert [each["ROWS"] for each in seen] == [rows]
 
 

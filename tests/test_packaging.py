@@ -55,7 +55,7 @@ ARROWS = {
     "demo": {"__init__", "demo_model", "demo_report"},
     "demo_model": {"__init__"},
     "demo_report": {"demo_model"},
-    "adapter_file": {"merge", "state", "whole"},
+    "adapter_file": {"base", "merge", "state", "whole"},
     "layers": {"base", "conv", "embedding", "linear"},
     "utils": {"state"},
     "linear": {"base", "dispatch", "functional", "merge"},
