@@ -68,6 +68,8 @@ class UpdateTile:
 # A rank is padded to a power of two from 16, the least that a matrix instruction contracts over, and cut into pieces
 # of at most the last. Panels and adapter gradients have a tile for each.
 RANK_BLOCKS = (16, 32, 64, 128)
+# A thread's, of a factor that is read before the main loop.
+BYTES_AHEAD = 128
 
 
 @dataclass(frozen=True)
@@ -226,3 +228,8 @@ def overlaps(device: torch.device) -> bool:
 def rank_block(r: int) -> int:
     """The piece of the rank that a program treats at once."""
     return next((block for block in RANK_BLOCKS if block >= r), RANK_BLOCKS[-1])
+
+
+def read_ahead(ranks: int, columns: int, dtype: torch.dtype, num_warps: int) -> bool:
+    """Whether a factor [ranks, columns] has room in a program's registers while its main loop runs."""
+    return ranks * columns * dtype.itemsize <= BYTES_AHEAD * 32 * num_warps

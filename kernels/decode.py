@@ -8,8 +8,8 @@ computed where the last wave of tiles leaves multiprocessors idle. The first pro
 brackets, each over a part of the contraction; the last of a tile's to arrive adds the parts up in a fixed order. All
 other programs stream w meanwhile, each for its own columns of out, and wait for the panel only before their last, small
 product. Nothing can hang: who is waited for has the lowest program ids, is started first, and waits for nobody. The
-last program of all leaves the flags as it found them, at zero. Of a large output the first tiles alone may be computed,
-beside the panel of all rows: first_wave.py.
+last program to see the panel leaves the flags as they were found, at zero. Of a large output the first tiles alone may
+be computed, beside the panel of all rows: first_wave.py.
 
 Without dropout a row's bits do not depend on other rows, nor, with the same tiles, on how many there are.
 """
@@ -126,11 +126,12 @@ def _factor(
 @triton.jit
 def _finish(
     acc,
+    factor, ranks, in_ranks, first, last,
     lora_B_ptr, stride_bn, stride_br,
     bias_ptr, stride_bias,
     out_ptr, stride_om,
     bits_ptr, stride_bm,
-    panel_ptr, ready_ptr, done_ptr,
+    panel_ptr, ready_ptr, seen_ptr,
     rows, columns, tile_n, panel_tiles, finishers,
     M, N, R, RANKS,
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
@@ -139,26 +140,27 @@ def _finish(
 ):  # fmt: skip
     """Waits for the panel, adds the low-rank product, masked if there are bits, and the bias to acc, and stores."""
     in_rows = (rows < M)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if RANK_STEPS > 0:
-        last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
-        first, last = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
-        # The first piece is read while the panel may not be ready yet.
-        factor, ranks, in_ranks = _factor(
-            lora_B_ptr, stride_bn, stride_br, 0, first, last, columns,
-            N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
-        )  # fmt: skip
         ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
         while ready < panel_tiles:
             ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
         tl.debug_barrier()
-        base = acc
-        if bits_ptr is not None:
-            acc = tl.zeros_like(acc)
         panel_row_ptrs = panel_ptr + rows[:, None] * RANKS
         in_panel = in_rows & in_ranks[None, :]
         panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
+        # Once all have seen the panel nobody waits for it. This orders no memory but the flags, which need no more.
+        if tl.atomic_add(seen_ptr, 1, sem="relaxed") == finishers - 1:
+            tl.store(ready_ptr, 0)
+            tl.store(seen_ptr, 0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if RANK_STEPS > 0:
+        base = acc
+        if bits_ptr is not None:
+            acc = tl.zeros_like(acc)
+        # The compiler does not know that this is always so. It would copy the factor to shared memory before the main
+        # loop, and wait for it there.
+        factor = tl.where(ready >= panel_tiles, factor, 0.0)
         acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
         for step in tl.range(1, SLICE_STEPS * RANK_STEPS, num_stages=1):
             factor, ranks, in_ranks = _factor(
@@ -175,9 +177,6 @@ def _finish(
             acc = base + tl.where(keep, acc, 0.0)
     out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_rows & (columns < N)[None, :])
-    if tl.atomic_add(done_ptr, 1, sem="acq_rel") == finishers - 1:
-        tl.store(ready_ptr, 0)
-        tl.store(done_ptr, 0)
 
 
 @triton.jit(
@@ -197,7 +196,7 @@ def decode_kernel(
     bits_ptr, stride_bm,  # bits of the mask on the low-rank term, [M, cdiv(N, 8)], or None
     kept_panel_ptr,  # [M, RANKS], or None: then it is in the workspace
     workspace_ptr,  # [tiles of out, SPLITS, BLOCK_M, BLOCK_N] if SPLITS > 1, [PARTS, M, RANKS], the panel
-    flags_ptr,  # tiles of the panel that are ready, tiles of out that are; arrivals at each of the former, the latter
+    flags_ptr,  # tiles of the panel that are ready, tiles of out that saw it; arrivals at each of both
     scale,
     M, N, K, R, RANKS,  # R ranks in each slice, RANKS in all
     first_tiles,  # how many of out's tiles are computed, or None for all
@@ -248,6 +247,15 @@ def decode_kernel(
         x_ptrs = x_ptr + rows[:, None] * stride_xm + inner[None, :].to(tl.int64) * stride_xk
         weight_ptrs = weight_ptr + columns[None, :] * stride_wn + inner[:, None].to(tl.int64) * stride_wk
         step = tl.full((), BLOCK_K, tl.int64)
+        factor, ranks, in_ranks, first_slice, last_slice = None, None, None, None, None
+        if RANK_STEPS > 0:
+            # The first piece is on its way while the weight is.
+            last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
+            first_slice, last_slice = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
+            factor, ranks, in_ranks = _factor(
+                lora_B_ptr, stride_bn, stride_br, 0, first_slice, last_slice, columns,
+                N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
+            )  # fmt: skip
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(first, last, BLOCK_K):
             in_x, in_weight = in_rows, in_columns
@@ -285,6 +293,7 @@ def decode_kernel(
         if arrivals == SPLITS - 1:
             _finish(
                 acc,
+                factor, ranks, in_ranks, first_slice, last_slice,
                 lora_B_ptr, stride_bn, stride_br,
                 bias_ptr, stride_bias,
                 out_ptr, stride_om,

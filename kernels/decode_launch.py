@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._place import GROUP_M
 from ._slices import slice_arguments
-from .config import rank_block
+from .config import rank_block, read_ahead
 from .decode import decode_kernel
 from .decode_tiles import DecodeTile
 from .flags import flags_for
@@ -30,8 +30,9 @@ from .launch import (
     strides,
 )
 
-# Ranks that an output tile adds in a step, and that one of many elements does beside its registers. A panel's piece of
-# more has few registers left, and of more rows than FEW_PANEL_ROWS none for a factor that is read across its rows.
+# Ranks that an output tile adds in a step, and that one of many elements, or whose factor is wide, does beside its
+# registers. A panel's piece of more has few registers left, and of more rows than FEW_PANEL_ROWS none for a factor that
+# is read across its rows.
 RANK_STEP = 64
 WIDE_RANK_STEP = 32
 WIDE = 128 * 64
@@ -70,6 +71,12 @@ def _panel_r(tile: DecodeTile, lora_A: Tensor) -> int:
     """Ranks of the panel's pieces; of many rows fewer where addresses in a factor would take the registers."""
     plain = lora_A.stride(1) == 1 or tile.panel_rows <= FEW_PANEL_ROWS
     return min(rank_block(len(lora_A)), tile.panel_ranks if plain else RANK_STEP)
+
+
+def _block_r(tile: DecodeTile, lora_B: Tensor) -> int:
+    """Ranks that a tile of the output adds at once."""
+    narrow = tile.block_m * tile.block_n < WIDE and read_ahead(RANK_STEP, tile.block_n, lora_B.dtype, tile.num_warps)
+    return min(rank_block(lora_B.shape[1]), RANK_STEP if narrow else WIDE_RANK_STEP)
 
 
 @lru_cache(maxsize=1024)
@@ -161,7 +168,7 @@ def decode(
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
         width, panel_r = N // len(enable_lora), _panel_r(tile, lora_A)
         touched = 1 if width % tile.block_n == 0 else min(sum(enable_lora), (tile.block_n - 2) // width + 2)
-        block_r = min(rank_block(R), WIDE_RANK_STEP if tile.block_m * tile.block_n >= WIDE else RANK_STEP)
+        block_r = _block_r(tile, lora_B)
         panel_k = _panel_k(tile, panel_r, x, lora_A, dropout)
         tiles = first or cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
         programs = tiles * tile.splits

@@ -80,7 +80,7 @@ HOPPER = _by_rows(
         DecodeTile(16, 128, 128, 4, 4, panel_rows=16, panel_k=128, parts=4, dependent=True),
     ),
     up_to_32=(
-        DecodeTile(32, 32, 128, 4, 7, panel_rows=32, panel_k=64, parts=4, splits=4, dependent=True),
+        DecodeTile(32, 32, 128, 4, 8, panel_rows=32, panel_k=64, parts=4, splits=4, dependent=True),
         DecodeTile(32, 128, 128, 4, 4, panel_rows=32, panel_k=128, parts=4, dependent=True),
     ),
     up_to_64=(
