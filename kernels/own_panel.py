@@ -17,7 +17,7 @@ from torch import Tensor
 from ._accumulate import accumulate
 from ._place import GROUP_M, place
 from ._slices import enabled_among, enabled_slice, slice_arguments
-from .config import INTERPRETER, LinearTile, capability, processors, rank_block
+from .config import INTERPRETER, LinearTile, capability, processors, rank_block, read_ahead
 from .launch import (
     Described,
     Plan,
@@ -47,6 +47,14 @@ def _work(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
     return stated_work("own_panel", flops, *moved, dtype=x.dtype)
 
 
+@triton.jit
+def _factor(lora_B_ptr, stride_bn, stride_br, first_column, ranks, N, R, COLUMNS: tl.constexpr):
+    """So many columns of lora_B [N, R] transposed, from the first one on."""
+    columns = first_column.to(tl.int64) + tl.arange(0, COLUMNS)
+    ptrs = lora_B_ptr + ranks[:, None].to(tl.int64) * stride_br + columns[None, :] * stride_bn
+    return tl.load(ptrs, mask=(ranks < R)[:, None] & (columns < N)[None, :], other=0.0)
+
+
 @triton.jit(launch_metadata=_work, do_not_specialize=["M", "R"])
 def _own_panel_kernel(
     x_ptr,  # a descriptor of [M, K]
@@ -61,11 +69,22 @@ def _own_panel_kernel(
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inner, ranks = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    HALF: tl.constexpr = BLOCK_N // 2
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    if AHEAD:
+        # On their way while the main loop runs.
+        column = tile_n * BLOCK_N
+        ahead = (
+            _factor(lora_B_ptr, stride_bn, stride_br, column, ranks, N, R, QUARTER),
+            _factor(lora_B_ptr, stride_bn, stride_br, column + QUARTER, ranks, N, R, QUARTER),
+            _factor(lora_B_ptr, stride_bn, stride_br, column + HALF, ranks, N, R, QUARTER),
+            _factor(lora_B_ptr, stride_bn, stride_br, column + HALF + QUARTER, ranks, N, R, QUARTER),
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -93,8 +112,6 @@ def _own_panel_kernel(
 
     last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
     first, last = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
-    HALF: tl.constexpr = BLOCK_N // 2
-    QUARTER: tl.constexpr = BLOCK_N // 4
     halves = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
     for half in tl.static_range(2):
         quarters = halves[half].reshape(BLOCK_M, 2, QUARTER).permute(0, 2, 1).split()
@@ -108,12 +125,15 @@ def _own_panel_kernel(
                 in_slice = (columns >= slice * WIDTH) & (columns < (slice + 1) * WIDTH)
                 own_ranks = ranks - e * R
                 in_ranks = (own_ranks >= 0) & (own_ranks < R)
-                rows_of_B = columns + (e - slice).to(tl.int64) * WIDTH
-                B_ptrs = lora_B_ptr + own_ranks[:, None].to(tl.int64) * stride_br + rows_of_B[None, :] * stride_bn
-                factor = tl.load(B_ptrs, mask=in_ranks[:, None] & in_slice[None, :], other=0.0).to(panel.dtype)
+                if AHEAD:
+                    factor = tl.where(in_ranks[:, None], ahead[2 * half + quarter], 0.0)
+                else:
+                    rows_of_B = columns + (e - slice).to(tl.int64) * WIDTH
+                    B_ptrs = lora_B_ptr + own_ranks[:, None].to(tl.int64) * stride_br + rows_of_B[None, :] * stride_bn
+                    factor = tl.load(B_ptrs, mask=in_ranks[:, None] & in_slice[None, :], other=0.0)
                 # What is not finite in one slice must not meet a zero of another.
                 own_panel = tl.where(in_ranks[None, :], panel, tl.zeros_like(panel))
-                own = accumulate(own_panel, factor, tl.zeros((BLOCK_M, QUARTER), tl.float32), PRECISION)
+                own = accumulate(own_panel, factor.to(panel.dtype), tl.zeros((BLOCK_M, QUARTER), tl.float32), PRECISION)
                 update = tl.where(in_slice[None, :], own, update)
             part = quarters[quarter] + update
             if bias_ptr is not None:
@@ -190,6 +210,8 @@ def forward(
         described["lora_A_ptr"] = lora_A, [rank_block(RANKS), tile.block_i]
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
+        # Registers for other slices' factors beside these there are not.
+        ahead = len(enable_lora) == 1 and read_ahead(rank_block(RANKS), tile.block_j, lora_B.dtype, tile.num_warps)
         return (cdiv(M, tile.block_m) * cdiv(N, tile.block_j),), dict(
             **strides("ar ak", lora_A),
             **strides("bn br", lora_B),
@@ -199,7 +221,7 @@ def forward(
             M=M, N=N, K=K, R=R, RANKS=RANKS, WIDTH=N // len(enable_lora), **slice_arguments(enable_lora),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_j, BLOCK_K=tile.block_i, BLOCK_R=rank_block(RANKS),
             GROUP_M=GROUP_M, EVEN_K=K % tile.block_i == 0, DESCRIBED="lora_A_ptr" in described,
-            TRANSPOSED=transposed, PRECISION=input_precision(x.dtype),
+            TRANSPOSED=transposed, PRECISION=input_precision(x.dtype), AHEAD=ahead,
             num_warps=tile.num_warps, enable_fp_fusion=True,
             # What is converted on its way takes more shared memory.
             num_stages=tile.num_stages if "lora_A_ptr" in described else max(1, tile.num_stages - 1),

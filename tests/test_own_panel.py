@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 from numerics import assert_as_accurate_as
 
-from fused_lora.kernels import config, own_panel
+from fused_lora.kernels import config, launch, own_panel
 from fused_lora.kernels.own_panel import AT_ONCE, MOST_RANKS, fitted
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
@@ -122,6 +124,18 @@ def test_does_not_take_what_the_copy_engine_does_not_read(device: str) -> None:
     assert not own_panel.takes(x[:0], weight, lora_A)
     assert not own_panel.takes(x, weight, lora_A[:0])
     assert not own_panel.takes(x, weight, lora_A[:1].expand(MOST_RANKS + 1, -1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_factors_that_are_not_read_ahead_give_the_same_bits(
+    shape: tuple[int, int, int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = problem(shape, device=device)
+    y, panel = computed(t)
+    monkeypatch.setattr(config, "BYTES_AHEAD", 0)
+    monkeypatch.setattr(launch, "_plans", OrderedDict())
+    again = computed(t)
+    assert torch.equal(again[0], y) and torch.equal(again[1], panel)
 
 
 @interpreted
