@@ -80,7 +80,7 @@ HOPPER = _by_rows(
         DecodeTile(16, 128, 128, 4, 4, panel_rows=16, panel_k=128, parts=4, dependent=True),
     ),
     up_to_32=(
-        DecodeTile(32, 32, 128, 4, 8, panel_rows=32, panel_k=64, parts=4, splits=4, dependent=True),
+        DecodeTile(32, 32, 128, 4, 7, panel_rows=32, panel_k=64, parts=4, splits=4, dependent=True),
         DecodeTile(32, 128, 128, 4, 4, panel_rows=32, panel_k=128, parts=4, dependent=True),
     ),
     up_to_64=(
@@ -140,6 +140,9 @@ FEWER_ROWS, PANEL_OF_FEWER, PANEL_OF_MORE = 64, (16, 64), (32, 128)
 # And the panel is computed in pieces of so many ranks, if a thread of its programs holds no more sums than these.
 PIECE_OF_MANY, SUMS_OF_A_THREAD = 128, 64
 
+# Stages of this tile, without a mask, for up to so many steps over K, and for more.
+STAGED_TILE, STAGES, MOST_STAGES = (32, 32), MappingProxyType({16: 5, 32: 7}), 8
+
 # And where a mask is drawn for the panel: rows from which that takes longer than reading the weight does in so few
 # parts that these times the outputs are less than the last; then so many programs draw.
 FEWEST_DRAWN_ROWS, DRAWING_PROGRAMS, HIDDEN_PARTS = 65, 64, 26_000
@@ -158,9 +161,17 @@ def decode_tile(
     if dtype.itemsize == 4 or inputs % 16 != 0 or outputs % 16 != 0:
         return IRREGULAR
     tile = fitted(capability(device), processors(device), rows, outputs, ranks, drawn)
-    if drawn and capability(device) == 90 and rows >= FEWEST_DRAWN_ROWS:
-        return drawing(tile, processors(device), rows, inputs, outputs)
-    return tile
+    if capability(device) != 90:
+        return tile
+    if drawn:
+        return tile if rows < FEWEST_DRAWN_ROWS else drawing(tile, processors(device), rows, inputs, outputs)
+    return staged(tile, inputs) if (tile.block_m, tile.block_n) == STAGED_TILE else tile
+
+
+def staged(tile: DecodeTile, inputs: int) -> DecodeTile:
+    """The tile with as many stages as its steps over so many inputs are worth."""
+    steps = cdiv(cdiv(inputs, tile.block_k), tile.splits)
+    return replace(tile, num_stages=next((of for most, of in STAGES.items() if steps <= most), MOST_STAGES))
 
 
 def drawing(tile: DecodeTile, processors: int, rows: int, inputs: int, outputs: int) -> DecodeTile:

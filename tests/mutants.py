@@ -351,7 +351,20 @@ MUTANTS = (
     Mutant(
         "masks drawn by as many programs", DECODE_TILES, "tile.parts * outputs >= HIDDEN_PARTS", "True", ONE_LAUNCH_PATH
     ),
-    Mutant("masks of few rows drawn by many", DECODE_TILES, " and rows >= FEWEST_DRAWN_ROWS", "", ONE_LAUNCH_PATH),
+    Mutant(
+        "masks of few rows drawn by many",
+        DECODE_TILES,
+        "tile if rows < FEWEST_DRAWN_ROWS else drawing",
+        "drawing",
+        ONE_LAUNCH_PATH,
+    ),
+    Mutant(
+        "stages as without splits",
+        DECODE_TILES,
+        "cdiv(inputs, tile.block_k), tile.splits",
+        "inputs, tile.block_k",
+        ONE_LAUNCH_PATH,
+    ),
     Mutant(
         "parts of a mask that are empty",
         DECODE_TILES,

@@ -114,6 +114,26 @@ def test_a_mask_is_drawn_by_programs_enough_to_be_ready_when_the_weight_is_read(
     decode_tiles.decode_tile.cache_clear()
 
 
+def test_a_loop_of_few_steps_has_fewer_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_tiles, "processors", lambda device: 132)
+
+    def stages(rows: int, inputs: int, outputs: int, capability: int = 90, drawn: bool = False) -> tuple[int, int]:
+        monkeypatch.setattr(decode_tiles, "capability", lambda device: capability)
+        decode_tiles.decode_tile.cache_clear()
+        gpu = torch.device("cuda", 0)
+        tile = decode_tiles.decode_tile(gpu, torch.bfloat16, rows, inputs, outputs, 16, drawn)
+        return tile.splits, tile.num_stages
+
+    assert stages(32, 4096, 1024) == (4, 5) and stages(32, 8192, 1024) == (4, 5)
+    assert stages(32, 8208, 1024) == (4, 7) and stages(32, 4096, 4096) == (1, 7)
+    assert stages(32, 4112, 4096) == (1, 8) and stages(32, 14336, 1024) == (4, 7) and stages(32, 14336, 4096) == (1, 8)
+    # What was not measured is as it was.
+    others = [stages(*sizes) for sizes in ((32, 4096, 14336), (16, 4096, 1024), (64, 4096, 1024))]
+    assert others == [(1, 4), (4, 5), (4, 7)]
+    assert stages(32, 4096, 1024, drawn=True) == stages(32, 4096, 1024, 100) == (4, 7)
+    decode_tiles.decode_tile.cache_clear()
+
+
 def test_wide_outputs_get_wide_tiles_and_many_rows_high_ones() -> None:
     assert fitted(90, 132, 1, 4096).block_n < fitted(90, 132, 1, 14336).block_n
     heights = [fitted(90, 132, rows, 4096).block_m for rows in (1, 32, 64, 100_000)]
