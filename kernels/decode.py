@@ -136,11 +136,17 @@ def _finish(
     M, N, R, RANKS,
     WIDTH, SLICES: tl.constexpr, ENABLED: tl.constexpr, SLICE_STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Waits for the panel, adds the low-rank product, masked if there are bits, and the bias to acc, and stores."""
     in_rows = (rows < M)[:, None]
     if RANK_STEPS > 0:
+        if not AHEAD:
+            # Read while the panel may not be ready yet.
+            factor, ranks, in_ranks = _factor(
+                lora_B_ptr, stride_bn, stride_br, 0, first, last, columns,
+                N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
+            )  # fmt: skip
         ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
         while ready < panel_tiles:
             ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
@@ -205,7 +211,7 @@ def decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    DEPENDENT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
@@ -249,13 +255,14 @@ def decode_kernel(
         step = tl.full((), BLOCK_K, tl.int64)
         factor, ranks, in_ranks, first_slice, last_slice = None, None, None, None, None
         if RANK_STEPS > 0:
-            # The first piece is on its way while the weight is.
             last_column = tl.minimum((tile_n + 1) * BLOCK_N, N) - 1
             first_slice, last_slice = enabled_among(tile_n * BLOCK_N, last_column, WIDTH, SLICES, ENABLED)
-            factor, ranks, in_ranks = _factor(
-                lora_B_ptr, stride_bn, stride_br, 0, first_slice, last_slice, columns,
-                N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
-            )  # fmt: skip
+            if AHEAD:
+                # The first piece is on its way while the weight is.
+                factor, ranks, in_ranks = _factor(
+                    lora_B_ptr, stride_bn, stride_br, 0, first_slice, last_slice, columns,
+                    N, R, WIDTH, SLICES, ENABLED, BLOCK_R, RANK_STEPS,
+                )  # fmt: skip
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(first, last, BLOCK_K):
             in_x, in_weight = in_rows, in_columns
@@ -301,5 +308,5 @@ def decode_kernel(
                 panel_ptr, flags_ptr, flags_ptr + 1,
                 rows, columns, tile_n, panel_tiles, tiles_m * tiles_n if first_tiles is None else first_tiles,
                 M, N, R, RANKS,
-                WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
+                WIDTH, SLICES, ENABLED, SLICE_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION, AHEAD,
             )  # fmt: skip

@@ -38,6 +38,8 @@ WIDE_RANK_STEP = 32
 WIDE = 128 * 64
 GROUP_M_ALONE = 32
 FEW_ROWS = 128
+# Beside a factor that is read ahead the compiler computes every address of an operand of more rows in each step anew.
+MOST_ROWS_AHEAD = 64
 FEW_PANEL_ROWS = 32
 # Elements of a mask that a warp draws at once.
 MOST_DRAWN = 1024
@@ -192,6 +194,7 @@ def decode(
             BLOCK_R=block_r, RANK_STEPS=cdiv(R, block_r), GROUP_M=GROUP_M if first else GROUP_M_ALONE,
             EVEN_K=K % max(tile.block_k, panel_k) == 0, EVEN_N=N % tile.block_n == 0,
             PRECISION=input_precision(x.dtype), DEPENDENT=tile.dependent, launch_pdl=tile.dependent,
+            AHEAD=tile.ahead and (of_weight or M <= MOST_ROWS_AHEAD),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ class DecodeTile:
 
     descriptors: whether the copy engine loads x and weight, where it can. dependent: whether a launch may begin before
     the one before it has ended, for which it waits itself. panel_ranks: of a piece of the panel, for which x is read
-    once. held: programs that a multiprocessor holds at once.
+    once. held: programs that a multiprocessor holds at once. ahead: whether lora_B is read before the main loop.
     """
 
     block_m: int
@@ -40,11 +40,12 @@ class DecodeTile:
     dependent: bool = False
     panel_ranks: int = 64
     held: int = 1
+    ahead: bool = False
 
 
 Tiles = MappingProxyType[int, tuple[DecodeTile, ...]]
 
-INTERPRETER = DecodeTile(16, 32, 16, 4, 1, panel_rows=16, panel_k=16, parts=2, splits=2)
+INTERPRETER = DecodeTile(16, 32, 16, 4, 1, panel_rows=16, panel_k=16, parts=2, splits=2, ahead=True)
 IRREGULAR = DecodeTile(16, 32, 32, 8, 2, panel_rows=16, panel_k=32, parts=4)
 
 
@@ -194,9 +195,8 @@ def fitted(
     if capability != 90:
         return tile
     many = None if drawn else of_many_ranks(processors, rows, outputs, ranks)
-    if many is not None:
-        tile = many
-    elif ranks > FEW_RANKS and rows >= FEWEST_ROWS_OF_PANELS and tile.splits > 1:
+    tile = replace(many or tile, ahead=True)
+    if many is None and ranks > FEW_RANKS and rows >= FEWEST_ROWS_OF_PANELS and tile.splits > 1:
         panel_rows, panel_k = PANEL_OF_FEWER if rows <= FEWER_ROWS else PANEL_OF_MORE
         splits = tile.splits // 2
         room = processors - cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n) * splits

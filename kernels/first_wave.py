@@ -20,8 +20,8 @@ from .launch import cdiv, describable
 from .lookup import tiles_for
 
 # Measured on Hopper; of tiles as large as those of the other waves.
-HOPPER = DecodeTile(128, 256, 64, 8, 4, panel_rows=256, panel_k=64, parts=1, descriptors=True)
-INTERPRETER = DecodeTile(32, 64, 16, 4, 1, panel_rows=128, panel_k=16, parts=1)
+HOPPER = DecodeTile(128, 256, 64, 8, 4, panel_rows=256, panel_k=64, parts=1, descriptors=True, ahead=True)
+INTERPRETER = DecodeTile(32, 64, 16, 4, 1, panel_rows=128, panel_k=16, parts=1, ahead=True)
 # Of all slices; and beyond the first of these, no others than its multiples, since masks would take registers.
 RANK_STEP, MOST_RANKS = 16, 64
 

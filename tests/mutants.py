@@ -932,6 +932,7 @@ MUTANTS = (
     Mutant("a split left out", DECODE, "static_range(SPLITS)", "static_range(SPLITS - 1)", ONE_LAUNCH),
     Mutant("another slice's lora_B", DECODE, "(inside + e.to(tl.int64) * WIDTH)", "inside", ONE_LAUNCH),
     Mutant("flags not cleared", DECODE, "            tl.store(ready_ptr, 0)\n", "", ONE_LAUNCH),
+    Mutant("another slice ahead", DECODE, "0, first_slice, last_slice", "0, last_slice - 1, last_slice", ONE_LAUNCH),
     Mutant("who saw the panel not cleared", DECODE, "            tl.store(seen_ptr, 0)\n", "", ONE_LAUNCH),
     Mutant("arrivals not cleared", DECODE, "        tl.store(arrived_ptr, 0)\n        tl", "        tl", ONE_LAUNCH),
     Mutant("scale forgotten", DECODE, "(total * scale).to", "total.to", ONE_LAUNCH),

@@ -18,10 +18,10 @@ from fused_lora.reference import Dropout
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
 PLAIN = DecodeTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, panel_rows=16, panel_k=32, parts=2)
-SPLIT = DecodeTile(16, 16, 16, num_warps=4, num_stages=2, panel_rows=16, panel_k=16, parts=3, splits=4)
+SPLIT = DecodeTile(16, 16, 16, num_warps=4, num_stages=2, panel_rows=16, panel_k=16, parts=3, splits=4, ahead=True)
 # More parts than are summed in pieces of all ranks.
 PARTS = DecodeTile(16, 32, 16, num_warps=4, num_stages=2, panel_rows=64, panel_k=16, parts=9)
-WIDE = replace(SPLIT, panel_ranks=128)
+WIDE = replace(SPLIT, panel_ranks=128, ahead=False)
 TILES = pytest.mark.parametrize("tile", [PLAIN, SPLIT, PARTS, WIDE], ids=["plain", "split", "parts", "wide"])
 
 # (rows, in_features, out_features, r): odd everywhere, several tiles of the panel, more parts than steps, r in steps
