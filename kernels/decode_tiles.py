@@ -141,8 +141,8 @@ FEWER_ROWS, PANEL_OF_FEWER, PANEL_OF_MORE = 64, (16, 64), (32, 128)
 # And the panel is computed in pieces of so many ranks, if a thread of its programs holds no more sums than these.
 PIECE_OF_MANY, SUMS_OF_A_THREAD = 128, 64
 
-# Stages of this tile, without a mask, for up to so many steps over K, and for more.
-STAGED_TILE, STAGES, MOST_STAGES = (32, 32), MappingProxyType({16: 5, 32: 7}), 8
+# Stages of this tile, without a mask, for up to so many steps over K.
+STAGED_TILE, FEW_STEPS, FEW_STAGES = (32, 32), 16, 5
 
 # And where a mask is drawn for the panel: rows from which that takes longer than reading the weight does in so few
 # parts that these times the outputs are less than the last; then so many programs draw.
@@ -166,13 +166,8 @@ def decode_tile(
         return tile
     if drawn:
         return tile if rows < FEWEST_DRAWN_ROWS else drawing(tile, processors(device), rows, inputs, outputs)
-    return staged(tile, inputs) if (tile.block_m, tile.block_n) == STAGED_TILE else tile
-
-
-def staged(tile: DecodeTile, inputs: int) -> DecodeTile:
-    """The tile with as many stages as its steps over so many inputs are worth."""
-    steps = cdiv(cdiv(inputs, tile.block_k), tile.splits)
-    return replace(tile, num_stages=next((of for most, of in STAGES.items() if steps <= most), MOST_STAGES))
+    few = cdiv(cdiv(inputs, tile.block_k), tile.splits) <= FEW_STEPS
+    return replace(tile, num_stages=FEW_STAGES) if few and (tile.block_m, tile.block_n) == STAGED_TILE else tile
 
 
 def drawing(tile: DecodeTile, processors: int, rows: int, inputs: int, outputs: int) -> DecodeTile:
