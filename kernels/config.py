@@ -68,7 +68,7 @@ class UpdateTile:
 # A rank is padded to a power of two from 16, the least that a matrix instruction contracts over, and cut into pieces
 # of at most the last. Panels and adapter gradients have a tile for each.
 RANK_BLOCKS = (16, 32, 64, 128)
-# A thread's, of a factor that is read before the main loop.
+# Of a factor that is read before the main loop, what a thread has registers for.
 BYTES_AHEAD = 128
 
 

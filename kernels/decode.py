@@ -140,6 +140,8 @@ def _finish(
 ):  # fmt: skip
     """Waits for the panel, adds the low-rank product, masked if there are bits, and the bias to acc, and stores."""
     in_rows = (rows < M)[:, None]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0)
     if RANK_STEPS > 0:
         if not AHEAD:
             # Read while the panel may not be ready yet.
@@ -154,12 +156,12 @@ def _finish(
         panel_row_ptrs = panel_ptr + rows[:, None] * RANKS
         in_panel = in_rows & in_ranks[None, :]
         panel = tl.load(panel_row_ptrs + ranks[None, :], mask=in_panel, other=0.0, cache_modifier=".cg")
-        # Once all have seen the panel nobody waits for it. This orders no memory but the flags, which need no more.
+        # Who counts has left the wait, who resets has all counts, and nobody reads the flags after that.
         if tl.atomic_add(seen_ptr, 1, sem="relaxed") == finishers - 1:
             tl.store(ready_ptr, 0)
             tl.store(seen_ptr, 0)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        acc += bias.to(tl.float32)[None, :]
     if RANK_STEPS > 0:
         base = acc
         if bits_ptr is not None:

@@ -38,7 +38,8 @@ WIDE_RANK_STEP = 32
 WIDE = 128 * 64
 GROUP_M_ALONE = 32
 FEW_ROWS = 128
-# Beside a factor that is read ahead the compiler computes every address of an operand of more rows in each step anew.
+# Beside a factor that is read ahead the compiler keeps every address of two operands of more rows, instead of making
+# them from two in each step.
 MOST_ROWS_AHEAD = 64
 FEW_PANEL_ROWS = 32
 # Elements of a mask that a warp draws at once.
@@ -77,7 +78,8 @@ def _panel_r(tile: DecodeTile, lora_A: Tensor) -> int:
 
 def _block_r(tile: DecodeTile, lora_B: Tensor) -> int:
     """Ranks that a tile of the output adds at once."""
-    narrow = tile.block_m * tile.block_n < WIDE and read_ahead(RANK_STEP, tile.block_n, lora_B.dtype, tile.num_warps)
+    room = not tile.ahead or read_ahead(RANK_STEP, tile.block_n, lora_B.dtype, tile.num_warps)
+    narrow = room and tile.block_m * tile.block_n < WIDE
     return min(rank_block(lora_B.shape[1]), RANK_STEP if narrow else WIDE_RANK_STEP)
 
 

@@ -126,6 +126,7 @@ def _own_panel_kernel(
                 own_ranks = ranks - e * R
                 in_ranks = (own_ranks >= 0) & (own_ranks < R)
                 if AHEAD:
+                    # Selected here, or the compiler would copy it to shared memory before the main loop.
                     factor = tl.where(in_ranks[:, None], ahead[2 * half + quarter], 0.0)
                 else:
                     rows_of_B = columns + (e - slice).to(tl.int64) * WIDTH
@@ -210,7 +211,7 @@ def forward(
         described["lora_A_ptr"] = lora_A, [rank_block(RANKS), tile.block_i]
 
     def arguments() -> tuple[tuple[int, ...], dict[str, Any]]:
-        # Registers for other slices' factors beside these there are not.
+        # Other slices' factors would have no registers left.
         ahead = len(enable_lora) == 1 and read_ahead(rank_block(RANKS), tile.block_j, lora_B.dtype, tile.num_warps)
         return (cdiv(M, tile.block_m) * cdiv(N, tile.block_j),), dict(
             **strides("ar ak", lora_A),

@@ -242,7 +242,7 @@ def compile_decode(case: Case) -> None:
     dropout = Dropout(torch.zeros(1, dtype=torch.int64), 6554, column_offset=case.column_offset)
     options = {"scaling": 2.0, "dropout": dropout if case.dropout else None, "enable_lora": case.enable_lora}
     _, xa, bits = decoding.forward(x, weight, bias, lora_A, lora_B, **options)
-    if case.enable_lora == (True,) and len(x) <= 64 and regular(case):
+    if case.enable_lora == (True,) and len(x) <= 128 and regular(case):
         gradients = {"bits": bits, "scaling": 2.0, "dtype": lora_A.dtype}
         decoding.backward(x.new_empty(len(x), len(weight)), x, weight, lora_A, lora_B, xa, **gradients)
 

@@ -112,3 +112,41 @@ def checked_addresses() -> Iterator[Counter[str]]:
         yield counts
     finally:
         interpreter.GridExecutor.__call__ = original_run
+
+
+class _Record:
+    """Stands in for the interpreter's C++ half and writes down where every load and atomic operation begins."""
+
+    def __init__(self, inner: Any, programs: list[list[tuple[str, int]]]) -> None:
+        self.inner, self.programs = inner, programs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        if mask.any():
+            self.programs[-1].append(("load", int(np.broadcast_to(pointers, mask.shape)[mask].min())))
+        return self.inner.load(pointers, mask, other, dtype)
+
+    def atomic_rmw(self, operation: Any, pointer: Any, value: Any, mask: Any, sem: Any) -> Any:
+        self.programs[-1].append(("atomic", int(pointer.min())))
+        return self.inner.atomic_rmw(operation, pointer, value, mask, sem)
+
+
+@contextmanager
+def recorded_accesses() -> Iterator[list[list[tuple[str, int]]]]:
+    """What each program of the launches within the block loads and counts in, by its lowest address, in its order."""
+    programs: list[list[tuple[str, int]]] = []
+    original_module, builder = interpreter._interpreter, interpreter.InterpreterBuilder
+    original_set = builder.set_grid_idx
+
+    def set_grid_idx(self: Any, *index: int) -> None:
+        programs.append([])
+        original_set(self, *index)
+
+    interpreter._interpreter = _Record(original_module, programs)
+    builder.set_grid_idx = set_grid_idx
+    try:
+        yield programs
+    finally:
+        interpreter._interpreter, builder.set_grid_idx = original_module, original_set

@@ -933,6 +933,13 @@ MUTANTS = (
     Mutant("another slice's lora_B", DECODE, "(inside + e.to(tl.int64) * WIDTH)", "inside", ONE_LAUNCH),
     Mutant("flags not cleared", DECODE, "            tl.store(ready_ptr, 0)\n", "", ONE_LAUNCH),
     Mutant("another slice ahead", DECODE, "0, first_slice, last_slice", "0, last_slice - 1, last_slice", ONE_LAUNCH),
+    Mutant(
+        "the panel not waited for",
+        DECODE,
+        "        ready = tl.atomic_add(ready_ptr, 0, sem=\"acquire\")\n        while",
+        "        ready = panel_tiles\n        while",
+        ONE_LAUNCH,
+    ),
     Mutant("who saw the panel not cleared", DECODE, "            tl.store(seen_ptr, 0)\n", "", ONE_LAUNCH),
     Mutant("arrivals not cleared", DECODE, "        tl.store(arrived_ptr, 0)\n        tl", "        tl", ONE_LAUNCH),
     Mutant("scale forgotten", DECODE, "(total * scale).to", "total.to", ONE_LAUNCH),

@@ -11,9 +11,11 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no k
 
 from numerics import assert_as_accurate_as
 
+from fused_lora.kernels import decode_launch
 from fused_lora.kernels.decode_launch import decode
 from fused_lora.kernels.decode_tiles import DecodeTile
 from fused_lora.kernels.flags import flags_for
+from fused_lora.kernels.launch import cdiv
 from fused_lora.reference import Dropout
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter, unused on a GPU")
@@ -54,6 +56,40 @@ def test_is_as_accurate_as_torch(tile: DecodeTile, shape, enable_lora: tuple[boo
     y, *_ = decode(**t, scale=0.5, tile=tile, enable_lora=enable_lora)
     truth = expected({name: tensor.double() for name, tensor in t.items()}, enable_lora)
     assert_as_accurate_as(y, expected(t, enable_lora), truth)
+
+
+@TILES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("enable_lora", [(True,), (True, False, True)], ids=str)
+def test_a_factor_that_is_read_ahead_gives_the_same_bits(tile: DecodeTile, shape, enable_lora, device: str) -> None:
+    t = problem(shape, len(enable_lora), sum(enable_lora), device)
+    ahead, not_ahead = (
+        decode(**t, scale=0.5, tile=replace(tile, ahead=is_ahead), enable_lora=enable_lora)
+        for is_ahead in (True, False)
+    )
+    assert torch.equal(ahead[0], not_ahead[0]) and torch.equal(ahead[1], not_ahead[1])
+
+
+@interpreted
+@TILES
+def test_programs_wait_for_the_panel_before_they_read_it_and_are_counted(
+    tile: DecodeTile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter runs one program after another, so that only the order of what each does can show it."""
+    from interpreter import recorded_accesses
+
+    flags = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(decode_launch, "flags_for", lambda x, count: flags)
+    with recorded_accesses() as programs:
+        _, panel, _ = decode(**problem((37, 53, 41, 5), 1, 1, "cpu"), scale=0.5, tile=tile)
+    ready, counted = flags.data_ptr(), flags.data_ptr() + 4
+    panel_bytes = range(panel.data_ptr(), panel.data_ptr() + panel.nbytes)
+    steps = {("atomic", ready): "wait", ("atomic", counted): "count"}
+    finished = [program for program in programs if ("atomic", counted) in program]
+    assert len(finished) == cdiv(37, tile.block_m) * cdiv(41, tile.block_n)
+    for program in finished:
+        done = [steps.get(step, "read" if step[0] == "load" and step[1] in panel_bytes else "") for step in program]
+        assert [step for step in done if step] == ["wait", "read", "count"]
 
 
 @interpreted
