@@ -936,7 +936,7 @@ MUTANTS = (
     Mutant(
         "the panel not waited for",
         DECODE,
-        "        ready = tl.atomic_add(ready_ptr, 0, sem=\"acquire\")\n        while",
+        '        ready = tl.atomic_add(ready_ptr, 0, sem="acquire")\n        while',
         "        ready = panel_tiles\n        while",
         ONE_LAUNCH,
     ),
