@@ -141,7 +141,7 @@ def _finish(
     """Waits for the panel, adds the low-rank product, masked if there are bits, and the bias to acc, and stores."""
     in_rows = (rows < M)[:, None]
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0)
+        acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if RANK_STEPS > 0:
         if not AHEAD:
             # Read while the panel may not be ready yet.
@@ -160,15 +160,13 @@ def _finish(
         if tl.atomic_add(seen_ptr, 1, sem="relaxed") == finishers - 1:
             tl.store(ready_ptr, 0)
             tl.store(seen_ptr, 0)
-    if bias_ptr is not None:
-        acc += bias.to(tl.float32)[None, :]
-    if RANK_STEPS > 0:
         base = acc
         if bits_ptr is not None:
             acc = tl.zeros_like(acc)
-        # The compiler does not know that this is always so. It would copy the factor to shared memory before the main
-        # loop, and wait for it there.
-        factor = tl.where(ready >= panel_tiles, factor, 0.0)
+        if AHEAD:
+            # The compiler does not know that this is always so. It would copy the factor to shared memory before the
+            # main loop, and wait for it there.
+            factor = tl.where(ready >= panel_tiles, factor, 0.0)
         acc = accumulate(panel, factor.to(panel.dtype), acc, PRECISION)
         for step in tl.range(1, SLICE_STEPS * RANK_STEPS, num_stages=1):
             factor, ranks, in_ranks = _factor(
