@@ -140,7 +140,9 @@ def _finish(
 ):  # fmt: skip
     """Waits for the panel, adds the low-rank product, masked if there are bits, and the bias to acc, and stores."""
     in_rows = (rows < M)[:, None]
-    if bias_ptr is not None:
+    # Beside a factor that is read ahead there are no registers for it before the wait.
+    LATE: tl.constexpr = AHEAD and RANK_STEPS > 0
+    if bias_ptr is not None and not LATE:
         acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if RANK_STEPS > 0:
         if not AHEAD:
@@ -160,6 +162,8 @@ def _finish(
         if tl.atomic_add(seen_ptr, 1, sem="relaxed") == finishers - 1:
             tl.store(ready_ptr, 0)
             tl.store(seen_ptr, 0)
+        if bias_ptr is not None and LATE:
+            acc += tl.load(bias_ptr + columns * stride_bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         base = acc
         if bits_ptr is not None:
             acc = tl.zeros_like(acc)

@@ -142,7 +142,7 @@ FEWER_ROWS, PANEL_OF_FEWER, PANEL_OF_MORE = 64, (16, 64), (32, 128)
 PIECE_OF_MANY, SUMS_OF_A_THREAD = 128, 64
 
 # Stages of this tile, without a mask, for up to so many steps over K.
-STAGED_TILE, FEW_STEPS, FEW_STAGES = (32, 32), 16, 5
+STAGED_TILE, FEW_STEPS, FEW_STAGES = (32, 32), 16, 6
 
 # And where a mask is drawn for the panel: rows from which that takes longer than reading the weight does in so few
 # parts that these times the outputs are less than the last; then so many programs draw.
